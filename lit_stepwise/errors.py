@@ -1,0 +1,27 @@
+"""What can go wrong, as a tree.
+
+StepwiseError
+├── ConfigError (also ValueError)      a setting that can never work: said before any time is spent
+├── DataError (also ValueError)        a file of tasks that cannot be read: said with file and line
+└── EngineError (also RuntimeError)    the inference engine failed, or no longer agrees with the trainer
+
+A wrong SQL statement is no error at all: it is a ``QueryResult`` and becomes the environment's next message.
+"""
+
+from __future__ import annotations
+
+
+class StepwiseError(Exception):
+    """Base of all errors raised on purpose. The command line prints its message as one line and exits with code 1."""
+
+
+class ConfigError(StepwiseError, ValueError):
+    """A setting that can never work. The message names the setting, its value and the way out."""
+
+
+class DataError(StepwiseError, ValueError):
+    """A file of tasks that cannot be read. The message names the file, the line and what is wrong with it."""
+
+
+class EngineError(StepwiseError, RuntimeError):
+    """The engine failed, or its logprobs left the trainer's."""

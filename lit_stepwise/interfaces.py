@@ -1,0 +1,191 @@
+"""What a plug-in must offer. Each class here can be named in YAML by ``class_path`` and replaced by one of your own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from lit_stepwise.types import (
+    Completion,
+    Feedback,
+    LossOutput,
+    Message,
+    QueryResult,
+    Request,
+    Rollout,
+    SQLTurn,
+    StepSample,
+    Task,
+    Trajectory,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class TaskSource(ABC):
+    """Where tasks come from. Built once from the YAML."""
+
+    def prepare(self) -> None:
+        """Make what has to exist on disk; called once per machine before anything is read (``prepare_data``)."""
+
+    @abstractmethod
+    def read(self, file: str) -> list[Task]:
+        """All tasks of ``file``, in order. Raises ``DataError`` with file and line for what cannot be read."""
+
+
+class Episode(ABC):
+    """One attempt at one task, in play."""
+
+    @abstractmethod
+    def prompt(self) -> Sequence[Message]:
+        """The conversation before the model's first turn."""
+
+    @abstractmethod
+    def step(self, response: str) -> Feedback:
+        """Answer one response. Called from a thread of its own; never called again after ``done``.
+
+        What the model did wrong is feedback, not an exception. An exception here fails this trajectory alone.
+        """
+
+
+class Environment(ABC):
+    """A kind of task. Built once from the YAML; holds settings and shared resources, never a game in play."""
+
+    @abstractmethod
+    def start(self, task: Task, max_turns: int) -> Episode:
+        """Begin a fresh attempt that may take ``max_turns`` turns."""
+
+    def prepare(self, tasks: Sequence[Task]) -> None:
+        """Check and warm up what these tasks need, before anything is played. Raises ``DataError`` when it cannot."""
+
+    def close(self) -> None:
+        """Give shared resources back."""
+
+
+class Executor(ABC):
+    """Runs untrusted SQL against one kind of database. Thread-safe."""
+
+    @abstractmethod
+    def execute(self, database: Path, sql: str) -> QueryResult:
+        """Run one statement read-only. Whatever the statement is, the answer is a result and never an exception."""
+
+    def close(self) -> None:
+        """End the workers. Idempotent."""
+
+
+class Reward(ABC):
+    """What one turn of text-to-SQL earned. Pure; the sum of the components is the turn's reward."""
+
+    @abstractmethod
+    def __call__(self, turn: SQLTurn) -> dict[str, float]:
+        """Components by name, zeros included, so that every metric has the same unit: mean over turns or tasks."""
+
+
+class Engine(ABC):
+    """Samples responses, many at a time. Built from YAML with settings only; ``start`` makes it live.
+
+    Used as: ``start`` once; then per phase of play ``load_weights`` (when they changed), ``begin_phase``, and
+    ``submit``/``step`` until nothing is pending.
+    """
+
+    @abstractmethod
+    def start(self, model_path: str, max_context_tokens: int) -> None:
+        """Load the Hugging Face model at ``model_path``. Raises ``EngineError`` when it cannot run here.
+
+        Leaves the global state of torch (generators, threads, environment variables) as it was.
+        """
+
+    @abstractmethod
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
+        """Take new weights by Hugging Face name, one tensor at a time. Nothing may be pending."""
+
+    @abstractmethod
+    def begin_phase(self, seed: int) -> None:
+        """Start a phase of play whose random choices follow ``seed`` alone: nothing cached, nothing pending."""
+
+    @abstractmethod
+    def submit(self, request: Request) -> None:
+        """Queue one request."""
+
+    @abstractmethod
+    def step(self) -> list[Completion]:
+        """Advance all requests by at least one token; those that finished, in a reproducible order."""
+
+    @property
+    @abstractmethod
+    def num_pending(self) -> int:
+        """Requests submitted and not finished."""
+
+    @property
+    @abstractmethod
+    def policy_version(self) -> int:
+        """``global_step`` of the weights it samples from; -1 until the first ``load_weights``."""
+
+    @property
+    @abstractmethod
+    def description(self) -> str:
+        """One line for people: what runs, and why this one."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give memory and processes back. Idempotent."""
+
+
+class Advantage(ABC):
+    """Credit: how much better a turn was than its group."""
+
+    @abstractmethod
+    def __call__(self, trajectories: Sequence[Trajectory]) -> list[list[float]]:
+        """An advantage for every turn of every trajectory, in the order given. Failed trajectories are not passed in.
+
+        The trajectories of one group stand anywhere in the list; ``Trajectory.group`` says which belong together.
+        """
+
+
+class PolicyLoss(ABC):
+    """The objective, per response token."""
+
+    @abstractmethod
+    def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> LossOutput:
+        """All arguments are [N]; ``logprobs`` carry the gradient, ``mask`` is True on tokens that count."""
+
+
+class Player(Protocol):
+    """What the ``RolloutCallback`` offers to the data module: trajectories on demand."""
+
+    def collect(self, iteration: int, tasks: Sequence[Task]) -> list[StepSample]:
+        """Play ``tasks`` with exploration on all ranks; the step samples of all ranks, equal on every rank."""
+
+    def evaluate(self, tasks: Sequence[Task]) -> Rollout:
+        """Play ``tasks`` once each, greedily unless told otherwise; what this rank played."""
+
+
+class Policy(Protocol):
+    """What the Lightning module offers to the ``RolloutCallback``."""
+
+    model_path: str
+
+    def weights(self) -> Iterable[tuple[str, Tensor]]:
+        """(Hugging Face name, full tensor), lazily and in the same order on every rank."""
+
+    def score(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Tensor:
+        """[R] Log-probabilities of the response at temperature 1, without gradient."""
+
+
+class TaskData(Protocol):
+    """What the data module offers to the ``RolloutCallback``."""
+
+    player: Player | None
+
+    @property
+    def tasks(self) -> Sequence[Task]:
+        """Every task that the running stage may play."""
+
+    def ensure_iteration(self) -> None:
+        """Collect a new iteration when the last one is used up."""
+
+    def advance(self) -> None:
+        """One mini-batch was trained."""

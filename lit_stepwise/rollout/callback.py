@@ -1,0 +1,273 @@
+"""The callback that plays: it owns engine and environment, and gives trajectories to whoever trains or evaluates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import lightning.pytorch as pl
+from lightning.fabric import Fabric
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lit_stepwise.errors import ConfigError, StepwiseError
+from lit_stepwise.interfaces import Advantage, Engine, Environment, Policy, TaskData
+from lit_stepwise.rollout.collector import Collector
+from lit_stepwise.rollout.rendering import ChatRenderer
+from lit_stepwise.rollout.samples import assign_credit, step_samples
+from lit_stepwise.rollout.store import TrajectoryStore
+from lit_stepwise.rollout.weight_sync import sync_weights
+from lit_stepwise.types import Limits, Rollout, Sampling, StepSample, Task, Trajectory
+
+
+class RolloutCallback(pl.Callback):
+    """Plays an iteration whenever the train loader asks for one, and greedily whenever validation does.
+
+    Args:
+        engine: samples the responses.
+        environment: the kind of task.
+        advantage: turns the rewards of a group into credit for each turn.
+        samples_per_task: attempts at each task in an iteration; their mean is the baseline.
+        sampling: how training play draws tokens.
+        evaluation_temperature: of validation, test and prediction; 0 is greedy.
+        limits: token budgets and turns.
+        deterministic: hand turns to and fro in a fixed order, so that a resumed run plays what it would have played.
+            False takes whoever is ready first.
+        num_environment_threads: environment steps that may run at a time.
+        max_logprob_gap: after each weight sync the engine's logprobs may differ from the trainer's by this many nats in
+            the mean; beyond it the run stops.
+        seed: of all play; on the command line it follows ``seed_everything``.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        environment: Environment,
+        advantage: Advantage,
+        samples_per_task: int = 8,
+        sampling: Sampling = Sampling(),  # noqa: B008  (frozen; jsonargparse shows it as the default)
+        evaluation_temperature: float = 0.0,
+        limits: Limits = Limits(),  # noqa: B008
+        deterministic: bool = False,
+        num_environment_threads: int = 8,
+        max_logprob_gap: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        if samples_per_task < 2:
+            raise ConfigError(
+                f"rollout.samples_per_task={samples_per_task} gives every group one trajectory and nothing to compare "
+                "it with; use 2 or more"
+            )
+        if num_environment_threads < 1:
+            raise ConfigError(f"rollout.num_environment_threads={num_environment_threads}; use 1 or more")
+        if sampling.temperature == 0:
+            raise ConfigError("rollout.sampling.temperature=0 never explores; use e.g. 1.0")
+        self.engine = engine
+        self.environment = environment
+        self.advantage = advantage
+        self.samples_per_task = samples_per_task
+        self.sampling = sampling
+        self.evaluation_temperature = evaluation_temperature
+        self.limits = limits
+        self.deterministic = deterministic
+        self.num_environment_threads = num_environment_threads
+        self.max_logprob_gap = max_logprob_gap
+        self.seed = seed
+        self._live: _Live | None = None
+
+    # ---- the Trainer's hooks
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check everything that can be checked before a weight is loaded."""
+        data = _data(trainer)
+        others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
+        self.attach(
+            fabric=_fabric_of(trainer, [*others, pl_module]),
+            policy=cast(Policy, pl_module),
+            tasks=data.tasks,
+            folder=Path(trainer.log_dir or trainer.default_root_dir) / "trajectories",
+            policy_version=lambda: trainer.global_step,
+        )
+        data.player = self
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Play here, where progress can be shown; on resume Lightning may skip this hook and the loader plays."""
+        _data(trainer).ensure_iteration()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Runs before ModelCheckpoint, which Lightning keeps last, so that a checkpoint holds the new cursor."""
+        _data(trainer).advance()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Free the engine and the environment's workers."""
+        self.close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave no process behind."""
+        self.close()
+
+    # ---- play, with or without a Trainer
+
+    def attach(
+        self,
+        fabric: Fabric,
+        policy: Policy,
+        tasks: Sequence[Task],
+        folder: Path,
+        policy_version: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """Make ready to play ``tasks`` on ``fabric``'s ranks with ``policy``'s weights.
+
+        Args:
+            fabric: launched; its callbacks get the rollout hooks.
+            policy: gives the weights whenever ``policy_version`` has changed.
+            tasks: all that may be played; each is checked now. Raises ``ConfigError`` or ``DataError``.
+            folder: for the stored trajectories.
+            policy_version: ``global_step`` at the time of asking.
+        """
+        if self.sampling.top_p < 1:
+            rank_zero_warn(
+                f"rollout.sampling.top_p={self.sampling.top_p} samples from a cut distribution, but the trainer's "
+                "ratios are those of the whole one and thus biased; use 1.0 unless that is meant"
+            )
+        renderer = ChatRenderer.of(_load_tokenizer(policy.model_path))
+        self.environment.prepare(tasks)
+        collector = Collector(
+            fabric=fabric,
+            engine=self.engine,
+            environment=self.environment,
+            renderer=renderer,
+            limits=self.limits,
+            deterministic=self.deterministic,
+            num_threads=self.num_environment_threads,
+            seed=self.seed,
+        )
+        probe_ids = collector.check_prompts(tasks)
+        self._live = _Live(collector, policy, TrajectoryStore(folder), policy_version, probe_ids)
+
+    def collect(self, iteration: int, tasks: Sequence[Task]) -> list[StepSample]:
+        """Play ``tasks``, ``samples_per_task`` attempts each, on all ranks; the step samples of all ranks."""
+        rollout = self._play(tasks, self.samples_per_task, self.sampling, "train", iteration)
+        trajectories = self.live.collector.gather(rollout.trajectories)
+        if all(trajectory.failed for trajectory in trajectories):
+            raise StepwiseError(
+                f"all {len(trajectories)} trajectories of iteration {iteration} failed, the first with "
+                f"'{trajectories[0].failure}'; mend the environment, then resume with --ckpt_path last"
+            )
+        advantages = assign_credit(trajectories, self.advantage)
+        if self.live.collector.fabric.is_global_zero:
+            self.live.store.write(f"train-{iteration:06d}", trajectories, advantages)
+        return step_samples(trajectories, advantages)
+
+    def evaluate(self, tasks: Sequence[Task]) -> Rollout:
+        """Play ``tasks`` once each at ``evaluation_temperature``; what this rank played."""
+        sampling = replace(self.sampling, temperature=self.evaluation_temperature)
+        rollout = self._play(tasks, 1, sampling, "evaluate", -1)
+        trajectories = self.live.collector.gather(rollout.trajectories)
+        if self.live.collector.fabric.is_global_zero:
+            self.live.store.write(f"evaluate-step{rollout.policy_version:06d}", trajectories)
+        return rollout
+
+    def play(self, tasks: Sequence[Task], samples_per_task: int) -> list[Trajectory]:
+        """Play ``tasks`` and store all ranks' trajectories: one sample as ``evaluate`` does, more as ``collect``."""
+        if samples_per_task == 1:
+            rollout = self.evaluate(tasks)
+        else:
+            rollout = self._play(tasks, samples_per_task, self.sampling, "train", 0)
+        trajectories = self.live.collector.gather(rollout.trajectories)
+        if samples_per_task > 1 and self.live.collector.fabric.is_global_zero:
+            self.live.store.write("play", trajectories, assign_credit(trajectories, self.advantage))
+        return trajectories
+
+    def close(self) -> None:
+        """Free the engine and the environment's workers. Idempotent."""
+        if self._live is not None:
+            self._live = None
+            self.engine.close()
+            self.environment.close()
+
+    @property
+    def live(self) -> _Live:
+        """What ``attach`` made. Raises ``StepwiseError`` before it."""
+        if self._live is None:
+            raise StepwiseError("the RolloutCallback is not attached; use it in a Trainer, or call attach() first")
+        return self._live
+
+    def _play(
+        self,
+        tasks: Sequence[Task],
+        samples_per_task: int,
+        sampling: Sampling,
+        stage: Literal["train", "evaluate"],
+        iteration: int,
+    ) -> Rollout:
+        return self.live.collector.play(
+            tasks, samples_per_task, sampling, stage=stage, iteration=iteration, sync_seconds=self._sync()
+        )
+
+    def _sync(self) -> float:
+        """Give the engine the weights it lacks; the seconds it took."""
+        live, version = self.live, self.live.policy_version()
+        if live.started and self.engine.policy_version == version:
+            return 0.0
+        if not live.started:
+            self.engine.start(live.policy.model_path, self.limits.max_context_tokens)
+            live.started = True
+            rank_zero_info(f"engine: {self.engine.description}")
+        began = time.perf_counter()
+        sync_weights(self.engine, live.policy, version, live.probe_ids, self.max_logprob_gap)
+        return time.perf_counter() - began
+
+
+@dataclass(slots=True)
+class _Live:
+    """What exists only while the callback is attached."""
+
+    collector: Collector
+    policy: Policy
+    store: TrajectoryStore
+    policy_version: Callable[[], int]
+    probe_ids: Sequence[int]
+    started: bool = False
+
+
+def _data(trainer: pl.Trainer) -> TaskData:
+    data = getattr(trainer, "datamodule", None)
+    if data is None or not hasattr(data, "player"):
+        raise ConfigError(f"the RolloutCallback needs a TaskDataModule as datamodule of the Trainer; got {data!r}")
+    return cast(TaskData, data)
+
+
+def _fabric_of(trainer: pl.Trainer, callbacks: list[Any]) -> Fabric:
+    """A Fabric on the processes and devices the Trainer already has; it launches nothing of its own."""
+    strategy = trainer.strategy
+    on_cpu = strategy.root_device.type == "cpu"
+    environment = getattr(strategy, "cluster_environment", None)
+    fabric = Fabric(
+        accelerator=strategy.root_device.type,
+        devices=trainer.num_devices if on_cpu else trainer.device_ids,
+        num_nodes=trainer.num_nodes,
+        strategy="ddp" if trainer.world_size > 1 else "auto",  # for ranks and collectives; no model is set up on it
+        precision=trainer.precision,
+        plugins=[environment] if environment else None,
+        callbacks=callbacks,
+        loggers=list(trainer.loggers),
+    )
+    fabric.launch()
+    return fabric
+
+
+def _load_tokenizer(model_path: str) -> Any:
+    from transformers import AutoTokenizer  # seconds of import that other commands need not pay
+
+    try:
+        return AutoTokenizer.from_pretrained(model_path)
+    except (OSError, ValueError) as error:
+        what = "holds no tokenizer" if Path(model_path).exists() else "is no folder, and no model of that name was found"
+        raise ConfigError(
+            f"model.model_path={model_path!r} {what}; give a folder with a Hugging Face model, or the name of one"
+        ) from error

@@ -1,0 +1,180 @@
+"""Tasks in, mini-batches of step samples out. The playing in between is the ``RolloutCallback``'s."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+
+from lit_stepwise.errors import ConfigError, DataError
+from lit_stepwise.interfaces import Player, TaskSource
+from lit_stepwise.training.experience import Experience, ExperienceLoader
+from lit_stepwise.types import Rollout, StepSample, Task
+
+Files = str | list[str] | None
+
+
+class TaskDataModule(pl.LightningDataModule):
+    """Reads tasks and deals them out, one iteration after the other.
+
+    Args:
+        source: how files become tasks.
+        train_files: one file or several; their tasks are shuffled together.
+        val_files: for ``validate`` and during ``fit``.
+        test_files: for ``test`` and ``predict``.
+        tasks_per_iteration: groups of one iteration, over all ranks.
+        mini_batches: optimizer steps that an iteration's groups are cut into.
+        passes: times that each mini-batch is trained before the next play.
+        max_val_tasks: use the first so many only.
+        seed: of the order of tasks; on the command line it follows ``seed_everything``.
+    """
+
+    def __init__(
+        self,
+        source: TaskSource,
+        train_files: Files = None,
+        val_files: Files = None,
+        test_files: Files = None,
+        tasks_per_iteration: int = 16,
+        mini_batches: int = 1,
+        passes: int = 1,
+        max_val_tasks: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in {
+            "tasks_per_iteration": tasks_per_iteration,
+            "mini_batches": mini_batches,
+            "passes": passes,
+        }.items():
+            if value < 1:
+                raise ConfigError(f"data.{name}={value}; use 1 or more")
+        if mini_batches > tasks_per_iteration:
+            raise ConfigError(
+                f"data.mini_batches={mini_batches} cannot each hold a task of data.tasks_per_iteration="
+                f"{tasks_per_iteration}; use at most that many"
+            )
+        self.source = source
+        self.files = {"train": train_files, "val": val_files, "test": test_files}
+        self.tasks_per_iteration = tasks_per_iteration
+        self.max_val_tasks = max_val_tasks
+        self.seed = seed
+        self.player: Player | None = None  # the RolloutCallback puts itself here
+        self.experience = Experience(mini_batches, passes)
+        self._read: dict[str, list[Task]] = {}
+        self._in_use: tuple[str, ...] = ()
+
+    # ---- Lightning's hooks
+
+    def prepare_data(self) -> None:
+        """Once per machine."""
+        self.source.prepare()
+
+    def setup(self, stage: str) -> None:
+        """Read what the stage needs. Raises ``DataError`` or ``ConfigError``."""
+        self._in_use = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}[stage]
+        for split in self._in_use:
+            required = split == self._in_use[0]
+            self._read[split] = self.read(split) if required or self.files[split] else []
+        if stage == "fit":
+            self._check_limits()
+
+    def train_dataloader(self) -> ExperienceLoader:
+        """Mini-batches of the iterations to come; plays when one is used up."""
+        return ExperienceLoader(self.experience, self._collect)
+
+    def val_dataloader(self) -> EvaluationLoader | list[Any]:
+        """One batch: the rollout of this rank's share of the validation tasks."""
+        return EvaluationLoader(self._evaluate, self._read["val"]) if self._read["val"] else []
+
+    def test_dataloader(self) -> EvaluationLoader:
+        """The same for the test tasks."""
+        return EvaluationLoader(self._evaluate, self._read["test"])
+
+    predict_dataloader = test_dataloader
+
+    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        """Leave batches on the host; ``training_step`` moves one micro-batch at a time."""
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the stream of iterations."""
+        return self.experience.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.experience.load_state_dict(state_dict)
+
+    # ---- what the RolloutCallback asks for
+
+    @property
+    def tasks(self) -> list[Task]:
+        """Every task that the running stage may play."""
+        return [task for split in self._in_use for task in self._read[split]]
+
+    def ensure_iteration(self) -> None:
+        """Collect a new iteration when the last one is used up."""
+        self.experience.ensure(self._collect)
+
+    def advance(self) -> None:
+        """One mini-batch was trained."""
+        self.experience.advance()
+
+    # ---- tasks
+
+    def read(self, split: str) -> list[Task]:
+        """The tasks of ``train``, ``val`` or ``test``. Raises ``ConfigError`` when there are none."""
+        given = self.files[split] or []
+        files = [given] if isinstance(given, str) else given
+        if not files:
+            raise ConfigError(f"data.{split}_files names no file; give at least one")
+        tasks = [task for file in files for task in self.source.read(file)]
+        if not tasks:
+            raise DataError(f"data.{split}_files={files} holds no task")
+        return tasks[: self.max_val_tasks] if split == "val" else tasks
+
+    def tasks_for(self, iteration: int) -> list[Task]:
+        """A function of (seed, iteration) alone: shuffled anew in each pass over the tasks, none ever left out."""
+        tasks = self._read["train"]
+        first = iteration * self.tasks_per_iteration
+        places = [divmod(position, len(tasks)) for position in range(first, first + self.tasks_per_iteration)]
+        orders = {
+            sweep: np.random.default_rng([self.seed, sweep]).permutation(len(tasks))
+            for sweep in {sweep for sweep, _ in places}
+        }
+        return [tasks[int(orders[sweep][place])] for sweep, place in places]
+
+    def _collect(self, iteration: int) -> list[StepSample]:
+        return self._required_player().collect(iteration, self.tasks_for(iteration))
+
+    def _evaluate(self, tasks: Sequence[Task]) -> Rollout:
+        return self._required_player().evaluate(tasks)
+
+    def _required_player(self) -> Player:
+        if self.player is None:
+            raise ConfigError("the TaskDataModule has nobody to play; add a RolloutCallback to the Trainer's callbacks")
+        return self.player
+
+    def _check_limits(self) -> None:
+        limit = getattr(self.trainer, "limit_train_batches", 1.0)
+        if limit < (1.0 if isinstance(limit, float) else len(self.experience)):
+            raise ConfigError(
+                f"trainer.limit_train_batches={limit} would leave step samples of every iteration untrained; lower "
+                "data.tasks_per_iteration instead"
+            )
+
+
+class EvaluationLoader:
+    """One batch, played when it is asked for."""
+
+    def __init__(self, evaluate: Callable[[Sequence[Task]], Rollout], tasks: Sequence[Task]) -> None:
+        self.evaluate = evaluate
+        self.tasks = tasks
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[Rollout]:
+        yield self.evaluate(self.tasks)

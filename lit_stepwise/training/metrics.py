@@ -1,0 +1,94 @@
+"""What is measured, with torchmetrics, so that ranks are summed up before they are divided."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric, SumMetric
+
+from lit_stepwise.types import Rollout
+
+
+class RolloutMetrics(nn.Module):
+    """Of one phase of play. Feed it this rank's rollout only.
+
+    ``reward``, ``accuracy`` and ``turns`` are means over trajectories that did not fail, ``format_errors`` the fraction
+    of their turns, ``failed`` the fraction of all trajectories.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        means = ("reward", "accuracy", "turns", "format_errors", "failed", "response_tokens")
+        seconds = ("engine", "environment", "sync", "play")
+        self.means = nn.ModuleDict({name: MeanMetric() for name in means})
+        self.seconds = nn.ModuleDict({name: MeanMetric() for name in seconds})
+        self.tokens = nn.ModuleDict({name: SumMetric() for name in ("generated", "cached")})
+
+    def update(self, rollout: Rollout) -> None:
+        """Take in what this rank played."""
+        sound = [trajectory for trajectory in rollout.trajectories if not trajectory.failed]
+        turns = [turn for trajectory in sound for turn in trajectory.turns]
+        values = {
+            "reward": [trajectory.reward for trajectory in sound],
+            "accuracy": [trajectory.success for trajectory in sound],
+            "turns": [len(trajectory.turns) for trajectory in sound],
+            "format_errors": [turn.feedback.format_error for turn in turns],
+            "failed": [trajectory.failed for trajectory in rollout.trajectories],
+            "response_tokens": [len(turn.response_ids) for turn in turns],
+        }
+        for name, numbers in values.items():
+            self.means[name].update(torch.tensor(numbers, dtype=torch.float32))  # type: ignore[operator]
+        for name, metric in self.seconds.items():
+            metric.update(getattr(rollout, f"{name}_seconds"))  # type: ignore[operator]
+        self.tokens["generated"].update(rollout.num_generated_tokens)  # type: ignore[operator]
+        self.tokens["cached"].update(rollout.num_cached_tokens)  # type: ignore[operator]
+
+    def result(self, prefix: str) -> dict[str, Tensor]:
+        """Over all ranks, then start afresh: ``<prefix>/<mean>``, ``seconds/<phase>``, ``tokens/<kind>``."""
+        named = {f"{prefix}/{name}": metric for name, metric in self.means.items()}
+        if prefix == "rollout":
+            named |= {f"seconds/{name}": metric for name, metric in self.seconds.items()}
+            named |= {f"tokens/{name}": metric for name, metric in self.tokens.items()}
+        else:
+            named["seconds/evaluate"] = self.seconds["play"]
+        values = {name: _value(metric) for name, metric in named.items()}
+        for group in (self.means, self.seconds, self.tokens):
+            for metric in group.values():
+                metric.reset()  # type: ignore[operator]
+        return values
+
+
+class UpdateMetrics(nn.Module):
+    """Of one optimizer step: means over response tokens, sums of tokens. Feed it this rank's micro-batches only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.means = nn.ModuleDict()
+        self.tokens = nn.ModuleDict({name: SumMetric() for name in ("trained", "forwarded")})
+
+    def update(self, per_token: Mapping[str, Tensor], num_forwarded: int) -> None:
+        """Take in [N] values by name, and how many tokens the forward pass computed, padding included."""
+        for name, values in per_token.items():
+            if name not in self.means:
+                self.means[name] = MeanMetric().to(values.device)
+            self.means[name].update(values.detach().float())  # type: ignore[operator]
+        self.tokens["trained"].update(len(next(iter(per_token.values()))))  # type: ignore[operator]
+        self.tokens["forwarded"].update(num_forwarded)  # type: ignore[operator]
+
+    def result(self) -> dict[str, Tensor]:
+        """Over all ranks, then start afresh: ``train/<mean>``, ``tokens/<kind>``."""
+        named = {f"train/{name}": metric for name, metric in self.means.items()}
+        named |= {f"tokens/{name}": metric for name, metric in self.tokens.items()}
+        values = {name: _value(metric) for name, metric in named.items()}
+        for group in (self.means, self.tokens):
+            for metric in group.values():
+                metric.reset()  # type: ignore[operator]
+        return values
+
+
+def _value(metric: nn.Module) -> Tensor:
+    assert isinstance(metric, Metric)
+    value: Tensor = metric.compute()
+    return value

@@ -1,0 +1,50 @@
+"""A causal language model that answers with log-probabilities instead of logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_stepwise.algo.logprobs import token_logprobs
+from lit_stepwise.errors import ConfigError
+
+
+class PolicyModel(nn.Module):
+    """Wraps a Hugging Face model. The head runs inside ``forward``, which is where sharded weights are whole."""
+
+    def __init__(self, language_model: Any, chunk_tokens: int = 2048) -> None:
+        super().__init__()
+        self.language_model = language_model
+        self.chunk_tokens = chunk_tokens
+
+    @classmethod
+    def load(cls, model_path: str, chunk_tokens: int) -> PolicyModel:
+        """Read the weights as float32, in training mode. Raises ``ConfigError`` when there are none."""
+        from transformers import AutoModelForCausalLM  # seconds of import that other commands need not pay
+
+        try:
+            model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, attn_implementation="sdpa")
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            hint = "" if Path(model_path).exists() else "; the folder does not exist"
+            raise ConfigError(f"model.model_path={model_path!r} cannot be loaded{hint}: {reason}") from error
+        return cls(model.train(), chunk_tokens)
+
+    def forward(self, token_ids: Tensor, response_mask: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy of every response token.
+
+        Args:
+            token_ids: [B, S] padded on the right; causality keeps the padding out of what counts.
+            response_mask: [B, S] True on the N tokens asked for, never on the first of a row.
+            temperatures: [N]
+
+        Returns:
+            logprobs [N] with gradient, entropies [N] without; in row-major order of the mask.
+        """
+        hidden = self.language_model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state
+        asked = response_mask[:, 1:]
+        head = self.language_model.get_output_embeddings().weight
+        return token_logprobs(hidden[:, :-1][asked], head, token_ids[:, 1:][asked], temperatures, self.chunk_tokens)

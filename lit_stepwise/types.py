@@ -1,0 +1,371 @@
+"""The data, in the order in which it comes to be.
+
+    Task --Environment.start--> Episode --agent loop--> Turn... = Trajectory --Advantage--> StepSample --plan-->
+    MicroBatch --module--> logprobs --PolicyLoss--> optimizer --weight sync--> Engine --> next Trajectory
+
+Letters in shapes:  P prompt tokens, R response tokens, B rows, S tokens of the longest row, N response tokens of a
+micro-batch.  All token ids are those the engine read and sampled; nothing that was sampled is ever re-tokenised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Literal
+
+from lit_stepwise.errors import ConfigError
+
+if TYPE_CHECKING:  # importing torch here would cost every light command a second
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One thing to solve: a row of the data set. An environment adds the fields it needs in a subclass."""
+
+    task_id: str
+    """Unique within a file of tasks; it appears in stored trajectories."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a conversation, before it is rendered to tokens."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True)  # no slots: jsonargparse reads the defaults from __dict__
+class Sampling:
+    """How the engine draws tokens. Ratios in the loss are exact only with ``top_p = 1``."""
+
+    temperature: float = 1.0
+    """Softmax temperature; 0 is greedy. The trainer divides its logits by the same number."""
+    top_p: float = 1.0
+    """Nucleus mass; below 1 the sampled distribution is cut and importance ratios are biased, which is said once."""
+    stop: Sequence[str] = ("</sql>", "</solution>")
+    """Strings that end a response. They stay in the text and their tokens stay in the ids."""
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ConfigError(f"rollout.sampling.temperature={self.temperature} is negative; 1 leaves the model as it is")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"rollout.sampling.top_p={self.top_p} is outside (0, 1]; 1 samples from all tokens")
+
+
+@dataclass(frozen=True)  # no slots: jsonargparse reads the defaults from __dict__
+class Limits:
+    """Three token budgets, each checked before the engine is called, and the number of turns."""
+
+    max_prompt_tokens: int = 1024
+    """The first prompt of a trajectory. A task beyond it is refused before anything is played."""
+    max_context_tokens: int = 2048
+    """Prompt plus response of any turn; the engine is built for this many. A trajectory that has no room left ends."""
+    max_new_tokens: int = 256
+    """The response of one turn."""
+    max_turns: int = 6
+    """Turns of one trajectory."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_prompt_tokens", "max_context_tokens", "max_new_tokens", "max_turns"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"rollout.limits.{name}={getattr(self, name)} leaves no room; use 1 or more")
+        if self.max_prompt_tokens >= self.max_context_tokens:
+            raise ConfigError(
+                f"rollout.limits.max_prompt_tokens={self.max_prompt_tokens} leaves no room for a response within "
+                f"max_context_tokens={self.max_context_tokens}; raise max_context_tokens"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One response wanted from the engine."""
+
+    request_id: str
+    """Unique among the requests that are pending."""
+    prompt_ids: Sequence[int]
+    """[P] The full context, exactly as the engine is to read it."""
+    max_new_tokens: int
+    sampling: Sampling
+    seed: int
+    """A function of (seed, iteration, task, sample, turn); an engine that can, draws this response from it alone."""
+
+    def __post_init__(self) -> None:
+        if not self.prompt_ids:
+            raise ValueError(f"request {self.request_id} has an empty prompt")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"request {self.request_id} asks for max_new_tokens={self.max_new_tokens}; use 1 or more")
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What the engine sampled for one request."""
+
+    request_id: str
+    response_ids: Sequence[int]
+    """[R] Every sampled token, the end-of-turn token and stop strings included."""
+    logprobs: Sequence[float]
+    """[R] Processed log-probability of each sampled token: after temperature and truncation."""
+    finish_reason: Literal["stop", "length"]
+    """``stop``: a stop string or the end-of-turn token; ``length``: a token budget ran out."""
+    policy_version: int
+    """``global_step`` of the weights that sampled."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that came out of the prefix cache."""
+
+    def __post_init__(self) -> None:
+        _same_length("response_ids", self.response_ids, "logprobs", self.logprobs)
+
+
+class StopReason(str, Enum):
+    """Why a trajectory ended."""
+
+    DONE = "done"
+    """The environment said so."""
+    MAX_TURNS = "max_turns"
+    """``limits.max_turns`` was reached before the environment was done."""
+    CONTEXT = "context"
+    """The next prompt would have left no room in ``limits.max_context_tokens``."""
+    FAILED = "failed"
+    """A fault of ours (``Trajectory.failure`` says which): never a reward, never a gradient."""
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """What the environment says to one response."""
+
+    observation: str
+    """Text of the next user message; empty when ``done``."""
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    """Components of this turn's reward, by name; their sum is the reward."""
+    done: bool = False
+    success: bool = False
+    """Only with ``done``: the task was solved. Its mean over tasks is the accuracy."""
+    format_error: bool = False
+    """The response held no action that could be understood."""
+    failure: str = ""
+    """Not empty: the environment itself failed (never the model's doing), and the trajectory is masked."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """Whatever a person would want to read in the store (for SQL: statement, status, row count)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """The model spoke once and the environment answered once."""
+
+    prompt_ids: Sequence[int]
+    """[P] The full context, exactly as the engine saw it."""
+    response_ids: Sequence[int]
+    """[R] The tokens the engine sampled."""
+    rollout_logprobs: Sequence[float]
+    """[R] Log-probability of each response token under the weights that sampled it."""
+    policy_version: int
+    """``global_step`` of those weights."""
+    text: str
+    """The response as the environment read it."""
+    feedback: Feedback
+    finish_reason: Literal["stop", "length"] = "stop"
+    environment_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        _same_length("response_ids", self.response_ids, "rollout_logprobs", self.rollout_logprobs)
+
+    @property
+    def reward(self) -> float:
+        """Sum of the reward components of this turn."""
+        return sum(self.feedback.rewards.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """All turns of one attempt at one task."""
+
+    task_id: str
+    group: int
+    """Index of the task within the iteration; trajectories of equal group are attempts at one task."""
+    sample: int
+    """Index of the attempt within its group."""
+    turns: Sequence[Turn]
+    stop_reason: StopReason
+    temperature: float = 1.0
+    """Of the sampling that played it."""
+    failure: str = ""
+    """Why it failed; only with ``StopReason.FAILED``."""
+
+    def __post_init__(self) -> None:
+        if bool(self.failure) != (self.stop_reason is StopReason.FAILED):
+            raise ValueError(f"stop_reason={self.stop_reason.value} with failure={self.failure!r}; say both or neither")
+
+    @property
+    def reward(self) -> float:
+        """Sum of the rewards of all turns."""
+        return sum(turn.reward for turn in self.turns)
+
+    @property
+    def success(self) -> bool:
+        """Whether the task was solved."""
+        return bool(self.turns) and self.turns[-1].feedback.success
+
+    @property
+    def failed(self) -> bool:
+        """Whether a fault of ours ended it; such a trajectory earns nothing and trains nothing."""
+        return self.stop_reason is StopReason.FAILED
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """What one rank played in one phase of play."""
+
+    stage: Literal["train", "evaluate"]
+    iteration: int
+    """-1 when evaluating."""
+    policy_version: int
+    trajectories: Sequence[Trajectory]
+    engine_seconds: float = 0.0
+    """Wall time inside the engine."""
+    environment_seconds: float = 0.0
+    """Time inside the environment, summed over its threads, so it may exceed ``play_seconds``."""
+    sync_seconds: float = 0.0
+    """Wall time of the weight sync before this phase; 0 when the engine was up to date."""
+    play_seconds: float = 0.0
+    """Wall time of the whole phase without the sync."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that came out of the engine's prefix cache."""
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """Every token sampled, those of failed trajectories too."""
+        return sum(len(turn.response_ids) for trajectory in self.trajectories for turn in trajectory.turns)
+
+
+@dataclass(frozen=True, slots=True)
+class StepSample:
+    """One turn as a training row."""
+
+    prompt_ids: Sequence[int]
+    """[P]"""
+    response_ids: Sequence[int]
+    """[R] The tokens that are trained."""
+    rollout_logprobs: Sequence[float]
+    """[R]"""
+    reward: float
+    """Of this turn alone."""
+    advantage: float
+    """Of every response token of this turn."""
+    group: int
+    sample: int
+    turn: int
+    """0-based."""
+    policy_version: int
+    temperature: float = 1.0
+    """Of the sampling; the trainer divides its logits by the same number."""
+
+    def __post_init__(self) -> None:
+        _same_length("response_ids", self.response_ids, "rollout_logprobs", self.rollout_logprobs)
+
+    @property
+    def num_tokens(self) -> int:
+        """P + R, what a forward pass has to read."""
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class MiniBatch:
+    """The step samples of one optimizer step, on all ranks together (every rank holds the same)."""
+
+    samples: Sequence[StepSample]
+    iteration: int
+    index: int
+    """0-based position within the iteration."""
+
+    @property
+    def num_response_tokens(self) -> int:
+        """Tokens that the loss is a mean over."""
+        return sum(len(sample.response_ids) for sample in self.samples)
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Step samples that are forwarded together, padded on the right (a causal model never sees the padding).
+
+    ::
+
+        token_ids      p0 p1 r0 ..        response_mask  0  0  1  0
+                       p0 r0 r1 r2                       0  1  1  1
+        targets        r0 | r0 r1 r2      (N = 4; the flat fields follow this order)
+    """
+
+    token_ids: Tensor
+    """[B, S] int64"""
+    response_mask: Tensor
+    """[B, S] bool, True on sampled tokens."""
+    rollout_logprobs: Tensor
+    """[N] float32"""
+    advantages: Tensor
+    """[N] float32, the sample's advantage at each of its tokens."""
+    temperatures: Tensor
+    """[N] float32"""
+
+    def __post_init__(self) -> None:
+        num_targets = int(self.response_mask.sum())
+        for name in ("rollout_logprobs", "advantages", "temperatures"):
+            if getattr(self, name).shape != (num_targets,):
+                shape = tuple(getattr(self, name).shape)
+                raise ValueError(f"{name} has shape {shape} but {num_targets} response tokens are marked in the mask")
+
+    def to(self, device: Any) -> MicroBatch:
+        """The same on another device."""
+        return MicroBatch(**{name: getattr(self, name).to(device) for name in self.__slots__})
+
+
+@dataclass(frozen=True, slots=True)
+class LossOutput:
+    """What a policy loss says of N response tokens."""
+
+    losses: Tensor
+    """[N] Loss of each token, before any mean; 0 where the mask is False."""
+    fractions: Mapping[str, Tensor] = field(default_factory=dict)
+    """Per branch of the objective, [N] bool: True where that branch holds. Logged as ``train/<name>_fraction``."""
+
+
+QueryStatus = Literal["ok", "error", "denied", "timeout", "limit", "infra"]
+
+
+@dataclass(frozen=True, slots=True)
+class QueryResult:
+    """What one SQL statement came to. Whatever the model wrote, this is a result and never an exception."""
+
+    status: QueryStatus
+    """``ok``; ``error`` (the engine refused it); ``denied`` (we refused it); ``timeout``; ``limit`` (too much memory or
+    too long a statement); ``infra`` (our fault: never becomes a reward)."""
+    columns: Sequence[str] = ()
+    rows: Sequence[tuple[Any, ...]] = ()
+    truncated: bool = False
+    """More rows or bytes existed than the limits allow; such a result is shown but never compared."""
+    error: str = ""
+    """For the model to read: one line, without paths."""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SQLTurn:
+    """One turn of text-to-SQL as a reward sees it."""
+
+    query: QueryResult | None
+    """Of the statement that ran in this turn, final answers included; None when there was none."""
+    is_solution: bool
+    """The statement was given as the final answer."""
+    correct: bool
+    """It was, and its result equals the gold result."""
+    format_error: bool
+    """No action could be understood."""
+    last: bool
+    """The trajectory ends with this turn."""
+
+
+def _same_length(name: str, values: Sequence[Any], other: str, others: Sequence[Any]) -> None:
+    if len(values) != len(others):
+        raise ValueError(
+            f"{len(values)} {name} but {len(others)} {other}; ask the engine for exactly one logprob per sampled token"
+        )

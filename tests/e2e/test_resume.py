@@ -1,0 +1,65 @@
+"""Pull the plug, resume, and nothing is different."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.slow
+
+KILL = '''
+import os, signal
+from lightning.pytorch import Callback
+
+class KillBefore(Callback):
+    """kill -9 itself before the optimizer step that would follow ``step``."""
+    def __init__(self, step: int) -> None:
+        self.step = step
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+'''
+
+
+def outcome(folder: Path) -> tuple[int, str, list[str]]:
+    """(global_step, hash of all weights, rewards and losses of the last iteration) of the newest run."""
+    newest = max(folder.glob("version_*"), key=lambda path: path.stat().st_mtime)
+    checkpoint = torch.load(newest / "checkpoints" / "last.ckpt", weights_only=True)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(checkpoint["state_dict"].items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    with (newest / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    values = [row["rollout/reward"] or row["train/loss"] for row in rows if row["train/loss"]][-2:]
+    return checkpoint["global_step"], digest.hexdigest(), values
+
+
+@pytest.mark.parametrize("step", [2, 3], ids=["at an iteration boundary", "in the middle of an iteration"])
+def test_a_run_killed_and_resumed_ends_like_one_that_was_left_alone(
+    step: int, countdown: dict[str, Any], run: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "kill_before.py").write_text(KILL)
+    alone = {**countdown, "trainer": {**countdown["trainer"], "default_root_dir": "alone"}}
+    killer = {"class_path": "kill_before.KillBefore", "init_args": {"step": step}}
+    killed = {**countdown, "trainer": {**countdown["trainer"], "callbacks": [*countdown["trainer"]["callbacks"], killer]}}
+
+    assert run("fit", alone).returncode == 0
+    assert run("fit", killed).returncode == -9
+    resumed = run("fit", countdown, "--ckpt_path", "last")
+
+    assert resumed.returncode == 0, resumed.stderr
+    assert outcome(tmp_path / "runs") == outcome(tmp_path / "alone")
+    assert outcome(tmp_path / "runs")[0] == 6
+
+
+def test_asking_for_the_last_checkpoint_where_there_is_none_starts_afresh_and_says_so(
+    countdown: dict[str, Any], run: Any
+) -> None:
+    done = run("fit", countdown, "--ckpt_path", "last", "--trainer.max_epochs", "1")
+    assert done.returncode == 0
+    assert "no last.ckpt below runs, so this is a fresh start" in done.stderr

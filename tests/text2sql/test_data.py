@@ -1,0 +1,191 @@
+"""Files of tasks that can be read, and every way in which one cannot."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from lit_stepwise.errors import DataError
+from lit_stepwise.text2sql.data import JSONLTasks, SQLTask, read_schema
+
+SHARED = Path(__file__).parents[3] / "shared" / "data" / "text2sql"
+LINE = {"id": "a-1", "db_id": "shop", "question": "How many?", "evidence": "all of them", "gold_sql": "SELECT 11"}
+
+
+def make_database(path: Path, sql: str = "CREATE TABLE item (id INTEGER, price REAL)") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(sql)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make_database(tmp_path / "databases" / "shop" / "shop.sqlite")
+    make_database(tmp_path / "databases" / "zoo.sqlite")
+    return tmp_path
+
+
+def write(folder: Path, *lines: dict[str, object] | str) -> str:
+    file = folder / "tasks.jsonl"
+    file.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
+    return str(file)
+
+
+def refusal(file: str, **settings: str) -> str:
+    with pytest.raises(DataError) as caught:
+        JSONLTasks(**settings).read(file)
+    return str(caught.value)
+
+
+def test_tasks_are_read_in_order_with_all_their_fields(folder):
+    zoo = {"id": "a-2", "db_id": "zoo", "question": "Who?", "gold_sql": "SELECT 12", "num_lookups": 3}
+    assert JSONLTasks().read(write(folder, LINE, "", zoo)) == [
+        SQLTask(
+            task_id="a-1",
+            question="How many?",
+            database=folder / "databases/shop/shop.sqlite",
+            gold_sql="SELECT 11",
+            evidence="all of them",
+        ),
+        SQLTask(
+            task_id="a-2",
+            question="Who?",
+            database=folder / "databases/zoo.sqlite",
+            gold_sql="SELECT 12",
+            num_lookups=3,
+        ),
+    ]
+
+
+def test_the_folder_of_databases_can_be_set(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    database = make_database(elsewhere / "shop.sqlite")
+    (task,) = JSONLTasks(database_root=str(elsewhere)).read(write(folder, LINE))
+    assert task.database == database
+
+
+def test_a_split_keeps_its_lines_only(folder):
+    file = write(folder, LINE | {"split": "dev"}, LINE | {"id": "a-2", "split": "test"}, LINE | {"id": "a-3"})
+    assert [task.task_id for task in JSONLTasks(split="test").read(file)] == ["a-2"]
+    assert [task.task_id for task in JSONLTasks().read(file)] == ["a-1", "a-2", "a-3"]
+    assert refusal(file, split="train") == f"{file} holds no task whose split is 'train'; change split"
+
+
+def test_a_split_that_is_not_wanted_needs_no_database(folder):
+    file = write(folder, LINE | {"split": "dev"}, LINE | {"id": "a-2", "split": "test", "db_id": "gone"})
+    assert len(JSONLTasks(split="dev").read(file)) == 1
+
+
+def test_a_line_that_is_not_json_is_named(folder):
+    assert "tasks.jsonl, line 3 is not JSON" in refusal(write(folder, LINE, "", '{"id": '))
+    assert "tasks.jsonl, line 2 is no JSON object but list" in refusal(write(folder, LINE, "[1]"))
+
+
+@pytest.mark.parametrize("name", ["id", "db_id", "question", "gold_sql"])
+def test_a_missing_field_is_named(folder, name):
+    line = {key: value for key, value in LINE.items() if key != name}
+    assert f"line 1: the field '{name}' is missing" in refusal(write(folder, line))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("id", 7),
+        ("question", None),
+        ("gold_sql", " "),
+        ("db_id", ["shop"]),
+        ("evidence", 5),
+        ("split", 1),
+        ("num_lookups", "two"),
+        ("num_lookups", True),
+    ],
+)
+def test_a_field_of_the_wrong_type_is_named_with_its_value(folder, name, value):
+    assert f"line 2: {name} is {value!r}; it has to be" in refusal(write(folder, LINE, LINE | {"id": "b", name: value}))
+
+
+def test_a_repeated_id_is_named_with_both_lines(folder):
+    assert "line 3: the id 'a-1' is taken by line 1" in refusal(write(folder, LINE, LINE | {"id": "b"}, LINE))
+
+
+def test_a_file_that_is_missing_or_empty_or_no_text_is_said_so(folder):
+    assert "No such file" in refusal(str(folder / "none.jsonl"))
+    assert "Is a directory" in refusal(str(folder))
+    assert refusal(write(folder, "")).endswith("tasks.jsonl holds no task")
+    (folder / "latin.jsonl").write_bytes(b'{"id": "\xe9"}')
+    assert "is not UTF-8 text (byte 8)" in refusal(str(folder / "latin.jsonl"))
+
+
+def test_missing_databases_are_named_once_with_their_tasks_and_the_way_out(folder):
+    gone = [LINE | {"id": f"g{i}", "db_id": "gone"} for i in range(3)]
+    message = refusal(write(folder, LINE, *gone, LINE | {"id": "l", "db_id": "lost"}))
+    assert "no database file for 'gone' (3 tasks), 'lost' (1 task)" in message
+    assert message.count("'gone'") == 1
+    assert f"{folder / 'databases'}/gone/gone.sqlite" in message
+    assert "data.source.database_root" in message
+
+
+@pytest.mark.parametrize("db_id", ["../outside", "/etc/passwd", "shop/../../outside", "link"])
+def test_a_name_that_leads_out_of_the_databases_is_refused(folder, db_id):
+    outside = make_database(folder / "outside.sqlite")
+    (folder / "databases" / "link.sqlite").symlink_to(outside)
+    assert f"line 1: db_id {db_id!r} leads out" in refusal(write(folder, LINE | {"db_id": db_id}))
+
+
+def test_a_name_that_no_file_can_have_is_refused(folder):
+    assert "is no name of a file" in refusal(write(folder, LINE | {"db_id": "a\0b"}))
+
+
+def test_a_compact_schema_has_a_line_per_table_and_quotes_what_needs_it(tmp_path):
+    database = make_database(
+        tmp_path / "a?b#c.sqlite",
+        'CREATE TABLE item (id INTEGER PRIMARY KEY AUTOINCREMENT, "unit price" REAL);'
+        'CREATE TABLE "order" ("a""b" TEXT, _x TEXT, "2nd" TEXT);'
+        "CREATE VIEW sqlitelike AS SELECT id FROM item;",
+    )
+    assert read_schema(database, "compact") == 'item(id, "unit price")\n"order"("a""b", _x, "2nd")\nsqlitelike(id)'
+
+
+def test_a_ddl_schema_is_what_made_the_tables(tmp_path):
+    made = ["CREATE TABLE item (id INTEGER)", "CREATE VIEW cheap AS SELECT id FROM item"]
+    assert (
+        read_schema(make_database(tmp_path / "a.sqlite", ";".join(made)), "ddl")
+        == "".join(f"{sql};\n" for sql in made)[:-1]
+    )
+
+
+def test_a_schema_of_duckdb_reads_like_one_of_sqlite(tmp_path):
+    duckdb = pytest.importorskip("duckdb")
+    with duckdb.connect(str(tmp_path / "a.duckdb")) as connection:
+        connection.execute('CREATE TABLE item (id INTEGER, "unit price" DOUBLE); CREATE TABLE box (size INTEGER)')
+    assert set(read_schema(tmp_path / "a.duckdb", "compact").split("\n")) == {'item(id, "unit price")', "box(size)"}
+    assert "CREATE TABLE box(size INTEGER)" in read_schema(tmp_path / "a.duckdb", "ddl")
+
+
+@pytest.mark.parametrize("content", [b"SQLite format 3\0 and nothing more", b"no database at all"])
+def test_a_file_that_is_no_database_is_named(tmp_path, content):
+    (tmp_path / "a.sqlite").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.sqlite: the tables cannot be read"):
+        read_schema(tmp_path / "a.sqlite", "compact")
+
+
+def test_reading_a_schema_leaves_no_trace(tmp_path):
+    database = make_database(tmp_path / "a.sqlite")
+    before = database.stat().st_mtime_ns, database.read_bytes()
+    read_schema(database, "ddl")
+    assert (database.stat().st_mtime_ns, database.read_bytes()) == before
+    assert list(tmp_path.iterdir()) == [database]
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the shared data")
+def test_real_questions_and_databases_are_read():
+    tasks = JSONLTasks(split="dev").read(str(SHARED / "questions.jsonl"))
+    assert len(tasks) > 100
+    for database in {task.database for task in tasks}:
+        schema = read_schema(database, "compact")
+        assert "(" in schema.splitlines()[0]

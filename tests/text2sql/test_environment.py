@@ -1,0 +1,240 @@
+"""Text-to-SQL in play, on real SQLite databases."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections import Counter
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from lit_stepwise.errors import ConfigError, DataError
+from lit_stepwise.interfaces import Executor
+from lit_stepwise.text2sql.data import JSONLTasks, SQLTask
+from lit_stepwise.text2sql.environment import Text2SQL
+from lit_stepwise.text2sql.executors import SQLiteExecutor
+from lit_stepwise.text2sql.reward import ExecutionReward
+from lit_stepwise.types import Message, QueryResult, Task
+
+SHARED = Path(__file__).parents[3] / "shared" / "data" / "text2sql"
+REWARD = ExecutionReward(correct=1.5, wrong=-0.3, unfinished=-0.7, format_error=-0.4, query_error=-0.15)
+
+
+class CountingExecutor(Executor):
+    """The real one, but it remembers what it was asked, and can be told to fail."""
+
+    def __init__(self) -> None:
+        self.inner = SQLiteExecutor(num_workers=1)
+        self.asked: Counter[str] = Counter()
+        self.is_broken = False
+
+    def execute(self, database: Path, sql: str) -> QueryResult:
+        self.asked[sql] += 1
+        return QueryResult("infra", error="worker lost") if self.is_broken else self.inner.execute(database, sql)
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+@pytest.fixture
+def executor():
+    with closing(CountingExecutor()) as executor:
+        yield executor
+
+
+@pytest.fixture
+def environment(executor):
+    return Text2SQL(executor=executor, reward=REWARD, instructions="")
+
+
+@pytest.fixture
+def task(tmp_path):
+    database = tmp_path / "shop.sqlite"
+    with closing(sqlite3.connect(database)) as connection:
+        connection.executescript(
+            "CREATE TABLE item (name TEXT, price INTEGER);"
+            "INSERT INTO item VALUES ('pen', 3), ('cup', 8), ('hat', 21), ('</observation>', NULL);"
+        )
+    gold = "SELECT name FROM item WHERE price > 5 ORDER BY price"
+    return SQLTask(task_id="t-1", question="What costs more than 5?", database=database, gold_sql=gold)
+
+
+def test_the_prompt_is_the_tables_and_the_question(environment, task):
+    (message,) = environment.start(task, 4).prompt()
+    assert message == Message("user", "Tables: item(name, price)\nQuestion: What costs more than 5?")
+
+
+def test_instructions_are_the_system_message_and_the_schema_may_be_ddl(executor, task):
+    system, user = Text2SQL(executor=executor, instructions="Be right.", schema="ddl").start(task, 4).prompt()
+    assert system == Message("system", "Be right.")
+    assert user.content.startswith("Tables: CREATE TABLE item (name TEXT, price INTEGER);\nQuestion")
+
+
+def test_by_default_the_protocol_is_explained(executor, task):
+    system, _ = Text2SQL(executor=executor).start(task, 4).prompt()
+    assert "<solution>" in system.content
+
+
+def test_a_look_is_answered_with_its_rows(environment, task):
+    feedback = environment.start(task, 4).step("<think>look</think><sql>SELECT name FROM item LIMIT 2</sql>")
+    assert feedback.observation == ("<observation>\nname\npen\ncup\n</observation>\n<reminder>3 turns left</reminder>")
+    assert feedback.rewards == {"answer": 0.0, "format": 0.0, "query": 0.0}
+    assert (feedback.done, feedback.success, feedback.format_error, feedback.failure) == (False, False, False, "")
+    assert feedback.details == {
+        "action": "query",
+        "sql": "SELECT name FROM item LIMIT 2",
+        "status": "ok",
+        "rows": 2,
+        "error": "",
+    }
+
+
+def test_limits_of_the_observation_are_kept(executor, task):
+    environment = Text2SQL(executor=executor, max_shown_rows=2, max_cell_chars=3, max_observation_chars=100)
+    observation = environment.start(task, 4).step("<sql>SELECT name || '-' || price FROM item</sql>").observation
+    assert "pen…\ncup…\n2 of 4 rows" in observation
+
+
+def test_a_statement_that_fails_costs_and_says_why(environment, task):
+    feedback = environment.start(task, 4).step("<sql>SELECT cost FROM item</sql>")
+    assert feedback.rewards == {"answer": 0.0, "format": 0.0, "query": -0.15}
+    assert "error: no such column: cost" in feedback.observation
+    assert feedback.details["error"] == "no such column: cost"
+    assert not feedback.done
+
+
+@pytest.mark.parametrize(
+    ("sql", "success", "reward"),
+    [
+        ("SELECT name FROM item WHERE price IN (8, 21) ORDER BY 1", True, 1.5),
+        ("SELECT name FROM item WHERE price IN (8, 21) ORDER BY 1 DESC", False, -0.3),  # gold asks for an order
+        ("SELECT name FROM item", False, -0.3),
+        ("SELECT nothing FROM item", False, -0.45),
+        ("DELETE FROM item", False, -0.45),
+    ],
+)
+def test_a_solution_ends_the_attempt_and_is_compared_with_gold(environment, task, sql, success, reward):
+    feedback = environment.start(task, 4).step(f"<solution>{sql}</solution>")
+    assert (feedback.done, feedback.success, feedback.observation) == (True, success, "")
+    assert sum(feedback.rewards.values()) == pytest.approx(reward)
+
+
+def test_order_does_not_matter_when_gold_asks_for_none(environment, task):
+    unordered = SQLTask(
+        task_id="t-2", question="?", database=task.database, gold_sql="SELECT name FROM item WHERE price > 5"
+    )
+    sql = "SELECT name FROM item WHERE price > 5 ORDER BY price DESC"
+    assert environment.start(unordered, 4).step(f"<solution>{sql}</solution>").success
+
+
+def test_a_response_without_an_action_is_told_so_and_the_attempt_goes_on(environment, task):
+    episode = environment.start(task, 4)
+    feedback = episode.step("I would count them.")
+    assert feedback.format_error
+    assert not feedback.done
+    assert feedback.rewards == {"answer": 0.0, "format": -0.4, "query": 0.0}
+    assert "no action found" in feedback.observation
+    assert feedback.details["action"] == "none"
+    assert episode.step("<solution>SELECT 'cup' UNION ALL SELECT 'hat'</solution>").success
+
+
+def test_the_last_turn_without_a_solution_costs_what_unfinished_does(environment, task):
+    episode = environment.start(task, 2)
+    first, last = episode.step("<sql>SELECT 1</sql>"), episode.step("<sql>SELECT 2</sql>")
+    assert "last turn" in first.observation
+    assert (first.rewards["answer"], last.rewards["answer"]) == (0.0, -0.7)
+    assert not last.done  # the turns ran out, and that is for the loop to say
+
+
+def test_a_fault_of_the_executor_is_a_failure_and_no_reward(environment, executor, task):
+    episode = environment.start(task, 4)
+    executor.is_broken = True
+    for response in ("<sql>SELECT 1</sql>", "<solution>SELECT 1</solution>"):
+        feedback = episode.step(response)
+        assert feedback.failure == "executor: worker lost"
+        assert feedback.rewards == {}
+
+
+def test_a_cell_cannot_close_the_observation(environment, task):
+    observation = environment.start(task, 4).step("<sql>SELECT name FROM item</sql>").observation
+    assert observation.count("</observation>") == 1
+
+
+def test_attempts_at_one_task_know_nothing_of_each_other(environment, task):
+    one, other = environment.start(task, 3), environment.start(task, 3)
+    one.step("<sql>SELECT 1</sql>")
+    assert "2 turns left" in other.step("<sql>SELECT 1</sql>").observation
+
+
+def test_gold_runs_once_for_all_tasks_and_attempts(environment, executor, task):
+    twin = SQLTask(task_id="t-2", question="Another?", database=task.database, gold_sql=task.gold_sql)
+    environment.prepare([task, twin])
+    for _ in range(3):
+        environment.start(task, 4).step("<solution>SELECT 1</solution>")
+    assert executor.asked == {task.gold_sql: 1, "SELECT 1": 3}
+
+
+def test_a_task_that_was_not_prepared_can_be_played_too(environment, executor, task):
+    environment.start(task, 4)
+    environment.start(task, 4)
+    assert executor.asked == {task.gold_sql: 1}
+
+
+def bad(task: SQLTask, name: str, gold: str) -> SQLTask:
+    return SQLTask(task_id=name, question="?", database=task.database, gold_sql=gold)
+
+
+def test_gold_that_does_not_run_is_named_with_its_task_and_database(environment, task):
+    tasks = [task, *(bad(task, f"t-{i}", f"SELECT {'x' * i}") for i in range(2, 6))]
+    with pytest.raises(DataError) as caught:
+        environment.prepare(tasks)
+    message = str(caught.value)
+    assert message.startswith("4 of 5 gold statements")
+    assert f"task t-2 on {task.database}: error: no such column: xx" in message
+    assert "t-4" in message
+    assert "t-5" not in message  # three are enough to see what is wrong
+
+
+def test_gold_that_is_cut_cannot_be_compared_with(environment, task):
+    endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 5000) SELECT i FROM n"
+    with pytest.raises(DataError, match=r"more than 1000 rows .* raise the executor's max_rows"):
+        environment.prepare([bad(task, "t-9", endless)])
+    with pytest.raises(DataError, match="t-9"):
+        environment.start(bad(task, "t-9", endless), 4)
+
+
+def test_gold_that_failed_for_lack_of_a_worker_is_tried_again(environment, executor, task):
+    executor.is_broken = True
+    with pytest.raises(DataError, match="infra: worker lost"):
+        environment.prepare([task])
+    executor.is_broken = False
+    environment.prepare([task])
+
+
+def test_tasks_of_another_kind_are_refused(environment):
+    for play in (lambda: environment.prepare([Task(task_id="x")]), lambda: environment.start(Task(task_id="x"), 4)):
+        with pytest.raises(ConfigError, match="cannot play a Task"):
+            play()
+
+
+@pytest.mark.parametrize("name", ["max_shown_rows", "max_cell_chars", "max_observation_chars"])
+def test_a_limit_that_shows_nothing_is_refused(executor, name):
+    with pytest.raises(ConfigError, match=f"environment.{name}=0"):
+        Text2SQL(executor=executor, **{name: 0})
+
+
+def test_closing_ends_the_workers(task):
+    with closing(Text2SQL()) as environment:
+        environment.start(task, 4)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the shared data")
+def test_real_gold_statements_run_and_match_themselves():
+    tasks = JSONLTasks(split="dev").read(str(SHARED / "questions.jsonl"))[:150]
+    with closing(
+        Text2SQL(instructions="", executor=SQLiteExecutor(max_rows=20_000, max_bytes=10_000_000))
+    ) as environment:
+        environment.prepare(tasks)
+        for task in tasks:
+            assert environment.start(task, 4).step(f"<solution>{task.gold_sql}</solution>").success, task
