@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import logging
 import re
 import sys
@@ -14,9 +16,23 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
+import lit_stepwise.engines  # registers the ready classes, so that YAML and messages may name them shortly
+import lit_stepwise.text2sql  # noqa: F401
+from lit_stepwise.interfaces import Advantage, Engine, Environment, Executor, PolicyLoss, Reward, TaskSource
 from lit_stepwise.rollout.callback import RolloutCallback
 from lit_stepwise.trainer import StepwiseTrainer, find_checkpoint
 from lit_stepwise.training import RolloutProgressBar, RunSummary, StepwiseModule, TaskDataModule
+
+SEAMS = {
+    "engine": Engine,
+    "environment": Environment,
+    "executor": Executor,
+    "reward": Reward,
+    "advantage": Advantage,
+    "loss": PolicyLoss,
+    "source": TaskSource,
+}
+"""The settings that take a class, by their last word."""
 
 
 class Parser(LightningArgumentParser):
@@ -29,18 +45,33 @@ class Parser(LightningArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the message with the closest right keys and leave with exit code 2."""
+        """Print what is wrong and the closest right key, and leave with exit code 2."""
         if not self.exit_on_error:  # the parser of a class_path: jsonargparse wraps what it says
             super().error(message, ex)
-        text = " ".join(line.strip() for line in message.splitlines() if line.strip())
-        sys.stderr.write(f"error: {text}{self._suggestions(message)}\n")
+        text = " ".join(message.split())
+        sys.stderr.write(f"error: {text}{_way_out(text, self.keys)}\n")
         sys.exit(2)
 
-    def _suggestions(self, message: str) -> str:
-        named = re.findall(r"--([\w.]+)|[Kk]ey '([\w.]+)'|option '([\w.]+)'", message)
-        unknown = dict.fromkeys(word for words in named for word in words if word and word not in self.keys)
-        close = [match for word in unknown for match in get_close_matches(word, self.keys, n=1, cutoff=0.6)]
-        return f"; did you mean {' or '.join(close)}?" if close else ""
+
+def _way_out(message: str, keys: set[str]) -> str:
+    """What to write instead: the closest right key, or the classes that could stand there."""
+    if wrong := re.search(r"class_path '([\w.]+)': .*?[Oo]ption '(\w+)' is not accepted", message):
+        module, _, name = wrong[1].rpartition(".")
+        keys = set(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+        unknown = [wrong[2]]
+    elif (wrong := re.search(r'key "[\w.]*?(\w+)":', message)) and wrong[1] in SEAMS:
+        return f"; use one of {', '.join(_classes(SEAMS[wrong[1]]))}, or the class_path of your own"
+    else:
+        unknown = [key for pair in re.findall(r"--([\w.]+)|[Kk]ey '([\w.]+)' is not expected", message) for key in pair]
+    close = [match for key in unknown if key for match in get_close_matches(key, keys, n=1, cutoff=0.6)]
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def _classes(base: type[Any]) -> list[str]:
+    """The ready classes of this package that can stand for ``base``, by their short public paths."""
+    rooms = {each: ".".join(each.__module__.split(".")[:2]) for each in base.__subclasses__()}
+    public = ("lit_stepwise.algo", "lit_stepwise.engines", "lit_stepwise.text2sql")
+    return sorted(f"{room}.{each.__name__}" for each, room in rooms.items() if room in public)
 
 
 class StepwiseCLI(LightningCLI):
@@ -76,7 +107,7 @@ class StepwiseCLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        Parser.keys = {action.dest for action in parser._actions}
+        Parser.keys = {action.dest for action in parser._actions if not action.dest.endswith(".help")}
         return parser
 
     def _parse_ckpt_path(self) -> None:

@@ -49,7 +49,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
-            raise ConfigError(f"rollout.sampling.temperature={self.temperature} is negative; 1 leaves the model as it is")
+            raise ConfigError(f"rollout.sampling.temperature={self.temperature} is negative; 1 is the model as it is")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"rollout.sampling.top_p={self.top_p} is outside (0, 1]; 1 samples from all tokens")
 

@@ -30,7 +30,10 @@ def countdown(tiny_model: Path) -> dict[str, Any]:
     """A whole configuration of the Countdown game; two optimizer steps an iteration."""
     checkpoint = {"every_n_train_steps": 1, "save_last": True, "save_top_k": 1}
     return {
-        "model": {"model_path": str(tiny_model), "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}},
+        "model": {
+            "model_path": str(tiny_model),
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
+        },
         "data": {
             "source": {"class_path": "lit_stepwise.testing.CountdownTasks"},
             "train_files": "5",
@@ -75,7 +78,13 @@ def run(tmp_path: Path) -> Run:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         return subprocess.run(
             [str(script), *arguments, *words],
-            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False, **kwargs,
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+            **kwargs,
         )
 
     return run_it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import logging
 import os
 import random
 import warnings
@@ -60,6 +61,7 @@ class VLLMEngine(Engine):
         self._engine: Any = None
         self._policy_version = -1
         self._order: dict[str, int] = {}
+        self._num_submitted = 0
 
     def start(self, model_path: str, max_context_tokens: int) -> None:
         """Load the checkpoint and build the engine.
@@ -74,12 +76,14 @@ class VLLMEngine(Engine):
             raise EngineError(f"model.model_path={model_path} does not exist")
         self._max_context_tokens = max_context_tokens
         self._owns_distributed = not dist.is_initialized()
-        with _undisturbed(), _silenced(), _environment(local=path.is_dir()):
+        with _undisturbed(), _silenced():
+            _set_environment(local=path.is_dir())
             try:
                 self._engine = self._build(str(path.resolve()) if path.is_dir() else model_path)
             except Exception as error:  # whatever vLLM raises, it means that it cannot run here
-                self.close()
+                self._clean_up()
                 raise EngineError(f"vLLM does not start: {error}") from error
+            self._shapes, self._names = _expected_weights(self._engine.model_config.hf_text_config)
             self._generators = _generators()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
@@ -87,8 +91,7 @@ class VLLMEngine(Engine):
         self._expect_idle("load_weights")
         self._policy_version = -1
         with self._calling(), torch.no_grad():
-            checked = _checked(weights, self._engine.model_config.hf_text_config)
-            self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": checked})
+            self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": self._checked(weights)})
             self._engine.apply_model(_repack)
         self._reset_cache()
         if hasattr(self._engine, "set_weight_version"):  # older versions have none
@@ -116,7 +119,8 @@ class VLLMEngine(Engine):
         settings = _sampling_params(request.sampling, min(request.max_new_tokens, room))
         with self._calling():
             self._engine.add_request(request.request_id, prompt, settings)
-        self._order[request.request_id] = len(self._order)
+        self._order[request.request_id] = self._num_submitted
+        self._num_submitted += 1
 
     def step(self) -> list[Completion]:
         """Advance all that are scheduled; what finished, in the order of submission."""
@@ -125,7 +129,7 @@ class VLLMEngine(Engine):
         with self._calling():
             outputs = self._engine.step()
         finished = [output for output in outputs if output.finished]
-        finished.sort(key=lambda output: self._order[output.request_id])
+        finished.sort(key=lambda output: self._order.pop(output.request_id))
         return [self._completion(output) for output in finished]
 
     @property
@@ -151,12 +155,17 @@ class VLLMEngine(Engine):
 
     def close(self) -> None:
         """Give the memory back, and the process group if vLLM made it."""
+        if self._engine is not None:
+            with _undisturbed():
+                self._clean_up()
+            gc.collect()
+
+    def _clean_up(self) -> None:
+        from vllm.distributed import cleanup_dist_env_and_memory
+
         engine, self._engine = self._engine, None
-        if engine is not None:
-            with _undisturbed(), _kept_process_group(not self._owns_distributed):
-                engine.engine_core.shutdown()
-        del engine
-        gc.collect()
+        with _kept_process_group(not self._owns_distributed):
+            engine.engine_core.shutdown() if engine is not None else cleanup_dist_env_and_memory()
 
     def _build(self, model_path: str) -> Any:
         from vllm import EngineArgs
@@ -188,6 +197,19 @@ class VLLMEngine(Engine):
         stored = AutoConfig.from_pretrained(model_path).get_text_config().dtype
         return "float32" if _on_cpu() or stored in (None, torch.float32) else "auto"
 
+    def _checked(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Pass them on; vLLM would only warn of what is missing."""
+        missing = set(self._names)
+        for name, weight in weights:
+            if name not in self._shapes:
+                raise EngineError(f"load_weights got {name}, which the engine's model does not have")
+            if self._shapes[name] != weight.shape:
+                raise EngineError(f"load_weights got {name} of {tuple(weight.shape)}, not {tuple(self._shapes[name])}")
+            missing.discard(name)
+            yield name, weight.detach()
+        if missing:
+            raise EngineError(f"load_weights got no {', '.join(sorted(missing))}; send every weight")
+
     def _completion(self, output: Any) -> Completion:
         sampled = output.outputs[0]
         if list(sampled.logprobs.token_ids) != list(sampled.token_ids):
@@ -208,7 +230,6 @@ class VLLMEngine(Engine):
             raise EngineError(f"{call} was called before start")
         if self.num_pending:
             raise EngineError(f"{call} was called with {self.num_pending} requests pending; step until none is")
-        self._order.clear()
 
     def _reset_cache(self) -> None:
         if not self._engine.reset_prefix_cache():
@@ -243,6 +264,7 @@ def _sampling_params(sampling: Sampling, max_tokens: int) -> Any:
         top_p=sampling.top_p,
         stop=list(sampling.stop) or None,
         include_stop_str_in_output=True,
+        skip_special_tokens=False,  # a stop string is looked for in the text that the environment reads
         max_tokens=max_tokens,
         logprobs=0,  # of the sampled token alone
         flat_logprobs=True,
@@ -250,23 +272,14 @@ def _sampling_params(sampling: Sampling, max_tokens: int) -> Any:
     )
 
 
-def _checked(weights: Iterable[tuple[str, Tensor]], config: Any) -> Iterator[tuple[str, Tensor]]:
-    """Pass weights on while comparing them with a model without storage; vLLM only warns of what is missing."""
+def _expected_weights(config: Any) -> tuple[dict[str, torch.Size], set[str]]:
+    """Shapes by every name a weight may come under, and the names that must come."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    known = dict(model.named_parameters(remove_duplicate=False))
-    missing = {name for name, _ in model.named_parameters()}
-    for name, weight in weights:
-        if name not in known:
-            raise EngineError(f"load_weights got {name}, which the engine's model does not have")
-        if known[name].shape != weight.shape:
-            raise EngineError(f"load_weights got {name} of {tuple(weight.shape)}, not {tuple(known[name].shape)}")
-        missing.discard(name)
-        yield name, weight.detach()
-    if missing:
-        raise EngineError(f"load_weights got no {', '.join(sorted(missing))}; send every weight")
+    shapes = {name: weight.shape for name, weight in model.named_parameters(remove_duplicate=False)}
+    return shapes, {name for name, _ in model.named_parameters()}
 
 
 def _repack(model: torch.nn.Module) -> None:
@@ -282,7 +295,7 @@ def _repack(model: torch.nn.Module) -> None:
 
 
 def _generators() -> tuple[Any, ...]:
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
     return torch.get_rng_state(), cuda, random.getstate(), np.random.get_state()
 
 
@@ -325,18 +338,16 @@ def _silenced() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _environment(local: bool) -> Iterator[None]:
-    """What vLLM reads from the environment at start; ``_undisturbed`` takes it away again."""
+def _set_environment(local: bool) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # it speaks before it reads the variable
     if local:
         os.environ["HF_HUB_OFFLINE"] = "1"  # asking the hub for a folder is retried for half a minute
     if dist.is_initialized():  # not every launcher sets these
         os.environ.setdefault("RANK", str(dist.get_rank()))
         os.environ.setdefault("WORLD_SIZE", str(dist.get_world_size()))
         os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
-    yield
 
 
 @contextmanager

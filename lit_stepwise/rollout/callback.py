@@ -267,7 +267,7 @@ def _load_tokenizer(model_path: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model_path)
     except (OSError, ValueError) as error:
-        what = "holds no tokenizer" if Path(model_path).exists() else "is no folder, and no model of that name was found"
+        what = "holds no tokenizer" if Path(model_path).exists() else "is no folder, and no known model has that name"
         raise ConfigError(
             f"model.model_path={model_path!r} {what}; give a folder with a Hugging Face model, or the name of one"
         ) from error

@@ -56,11 +56,11 @@ def _same_bag(predicted: Sequence[Row], gold: Sequence[Row]) -> bool:
     for side, rows in enumerate((predicted, gold)):
         for row in rows:
             groups[tuple(map(_rounded, row))][side].append(row)
-    return all(len(rows) == len(others) and _same_integers(rows, others) for rows, others in groups.values())
+    return all(_same_integers(rows, others) for rows, others in groups.values())
 
 
 def _same_integers(predicted: Sequence[Row], gold: Sequence[Row]) -> bool:
-    """Whether rows that agree to 9 digits agree exactly in the columns in which none of them has a float."""
+    """Whether as many rows on both sides, alike to 9 digits, agree exactly in the columns where none has a float."""
     has_float = [any(isinstance(value, float) for value in column) for column in zip(*predicted, *gold, strict=True)]
 
     def exact(row: Row) -> Row:

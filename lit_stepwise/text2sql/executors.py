@@ -122,8 +122,6 @@ class _Pool:
             for idle in self._idle:
                 if idle is not None:  # the pipes of the others are being read; their readers close them
                     idle.close()
-            for turn in self._waiting:
-                turn.cancel()
             self._alive.clear()
             self._idle = deque([None] * len(self._idle))
             self._num_closes += 1
@@ -227,7 +225,6 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             bufsize=0,
-            cwd="/",
             env={},
             start_new_session=True,  # an interrupt from the terminal is for the trainer
         )

@@ -209,7 +209,7 @@ def classify(error: Exception, guard: Guard) -> tuple[str, str]:
         return "infra", f"the database cannot be read: {error}"
     if isinstance(error, UnicodeError):
         return "error", "the statement is not valid text"
-    if isinstance(error, (sqlite3.Error, sqlite3.Warning, ValueError)):  # several statements are a Warning in 3.11
+    if isinstance(error, sqlite3.Error):
         return "error", str(error)
     return "infra", f"the worker failed with {type(error).__name__}"
 

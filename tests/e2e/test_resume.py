@@ -46,7 +46,10 @@ def test_a_run_killed_and_resumed_ends_like_one_that_was_left_alone(
     (tmp_path / "kill_before.py").write_text(KILL)
     alone = {**countdown, "trainer": {**countdown["trainer"], "default_root_dir": "alone"}}
     killer = {"class_path": "kill_before.KillBefore", "init_args": {"step": step}}
-    killed = {**countdown, "trainer": {**countdown["trainer"], "callbacks": [*countdown["trainer"]["callbacks"], killer]}}
+    killed = {
+        **countdown,
+        "trainer": {**countdown["trainer"], "callbacks": [*countdown["trainer"]["callbacks"], killer]},
+    }
 
     assert run("fit", alone).returncode == 0
     assert run("fit", killed).returncode == -9

@@ -74,6 +74,7 @@ def test_rows_are_a_bag_whose_order_counts_only_when_asked_for():
 @pytest.mark.parametrize(
     "rows",
     [
+        [(1, "a"), (2, "b"), (2, "b")],  # the last one is missing
         [(1, "a"), (2, "b"), (3, "c")],  # a duplicate is missing
         [(1, "a"), (2, "b"), (2, "b"), (2, "b"), (3, "c")],  # one too many
         [(1, "a"), (2, "b"), (3, "c"), (3, "c")],  # the wrong one twice
@@ -83,6 +84,14 @@ def test_rows_are_a_bag_whose_order_counts_only_when_asked_for():
 )
 def test_duplicates_columns_and_pairs_of_values_count(rows, ordered):
     assert not results_match(table(*rows), table((1, "a"), (2, "b"), (2, "b"), (3, "c")), ordered)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_no_rows_match_no_rows_only(ordered):
+    empty = QueryResult("ok", columns=("a",))
+    assert results_match(empty, empty, ordered)
+    assert not results_match(empty, table((None,)), ordered)
+    assert not results_match(table((None,)), empty, ordered)
 
 
 def test_the_number_of_columns_must_agree_and_their_names_need_not():

@@ -19,10 +19,15 @@ from pathlib import Path
 import pytest
 
 from lit_stepwise.errors import ConfigError
+from lit_stepwise.text2sql import sqlite_worker
 from lit_stepwise.text2sql.executors import SQLiteExecutor
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
 COUNT_TO = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c {}) SELECT max(x) FROM c"
+SORT_MEGABYTES = (
+    "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c LIMIT {0})"
+    " SELECT sum(length(s)) FROM (SELECT printf('%1000000d', x) AS s FROM c ORDER BY 1)"
+)
 ENDLESS = COUNT_TO.format("")
 HANG = "SELECT instr(zeroblob(9e6), zeroblob(1e5) || x'01')"  # one opcode of minutes, which no handler can interrupt
 
@@ -174,6 +179,10 @@ def test_a_wrong_statement_is_an_error_and_no_exception(executor, database, sql)
     assert result.error
 
 
+def test_a_statement_that_is_no_text_is_told_so_in_words(executor, database):
+    assert executor.execute(database, "SELECT '\ud800'").error == "the statement is not valid text"
+
+
 @pytest.mark.parametrize(
     "sql",
     [
@@ -213,13 +222,13 @@ def test_rows_beyond_the_cap_are_cut_and_said_so(database):
 
 
 def test_bytes_beyond_the_cap_are_cut_and_said_so(database):
-    with closing(SQLiteExecutor(num_workers=1, max_bytes=40)) as executor:
-        # 8 + 2 bytes of text, 8 + 5 of a blob, 8 of the integer, 8 of the NULL: 39 in all, and 41 with a longer text
+    with closing(SQLiteExecutor(num_workers=1, max_bytes=39)) as executor:
+        # 8 + 2 bytes of text, 8 + 5 of a blob, 8 of the integer, 8 of the NULL: 39 in all, and 40 with a longer text
         exact = executor.execute(database, "VALUES ('ü', x'0102030405'), (5, NULL)")
-        more = executor.execute(database, "VALUES ('üü', x'0102030405'), (5, NULL)")
+        more = executor.execute(database, "VALUES ('üx', x'0102030405'), (5, NULL)")
         cell = executor.execute(database, "SELECT zeroblob(9000000)")
     assert (exact.rows, exact.truncated) == ((("ü", b"\1\2\3\4\5"), (5, None)), False)
-    assert (more.rows, more.truncated) == ((("üü", b"\1\2\3\4\5"),), True)
+    assert (more.rows, more.truncated) == ((("üx", b"\1\2\3\4\5"),), True)
     assert (cell.rows, cell.truncated, cell.status) == ((), True, "ok")
 
 
@@ -243,19 +252,35 @@ def test_a_hang_that_cannot_be_interrupted_is_killed_and_the_worker_replaced(exe
     assert set(children()).isdisjoint(before)
 
 
+def test_a_worker_that_reads_no_more_is_killed_however_long_the_statement(database):
+    with closing(SQLiteExecutor(num_workers=1, timeout_seconds=0.2, max_sql_chars=300_000)) as executor:
+        executor.execute(database, "SELECT 1")
+        os.kill(*children(), signal.SIGSTOP)
+        assert executor.execute(database, f"SELECT 7 -- {'x' * 200_000}").status == "timeout"
+        assert executor.execute(database, f"SELECT 7 -- {'x' * 200_000}").rows == ((7,),)
+
+
+def test_a_worker_is_replaced_only_when_no_other_is_idle(database):
+    with closing(SQLiteExecutor(num_workers=2, timeout_seconds=0.3)) as executor, ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda _: executor.execute(database, ENDLESS), range(2)))
+        assert len(children()) == 2
+        executor.execute(database, HANG)
+        assert executor.execute(database, "SELECT 7").rows == ((7,),)
+        assert len(children()) == 1
+
+
 @pytest.mark.parametrize(
     "sql",
     [
         "SELECT zeroblob(900000000)",
-        "SELECT sum(length(s)) FROM (SELECT a.x || printf('%99999d', b.x) AS s FROM "
-        "(WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c LIMIT 90) SELECT x FROM c) a, "
-        "(WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c LIMIT 90) SELECT x FROM c) b ORDER BY 1)",
+        SORT_MEGABYTES.format(1000),
+        SORT_MEGABYTES.format(100),  # within the 256 of the process, beyond the 64 of SQLite
     ],
 )
 def test_a_memory_bomb_is_a_limit_and_the_worker_lives_on(database, sql):
     with closing(SQLiteExecutor(num_workers=1, memory_mb=256)) as executor:
         assert executor.execute(database, sql).status == "limit"
-        assert executor.execute(database, "SELECT 7").rows == ((7,),)
+        assert executor.execute(database, SORT_MEGABYTES.format(20)).rows == ((20_000_000,),)
 
 
 def test_a_worker_may_write_no_file_and_hold_little_memory(executor, database):
@@ -271,16 +296,31 @@ def test_a_worker_may_write_no_file_and_hold_little_memory(executor, database):
     assert Path(f"/proc/{pid}/environ").read_bytes() == b""
 
 
+def test_a_connection_only_reads_even_if_its_guard_let_everything_pass(database):
+    before = snapshot(database.parent)
+    with closing(sqlite_worker.open_database(database, lambda *_: sqlite3.SQLITE_OK, lambda: False)) as connection:
+        settings = ("query_only", "trusted_schema", "temp_store", "cell_size_check")
+        assert [connection.execute(f"PRAGMA {name}").fetchone() for name in settings] == [(1,), (0,), (2,), (1,)]
+        connection.execute("PRAGMA query_only = 0")
+        with pytest.raises(sqlite3.OperationalError, match="readonly"):
+            connection.execute("DELETE FROM pet")
+        with pytest.raises(sqlite3.OperationalError, match="too many attached"):
+            connection.execute(f"ATTACH '{database.parent}/planted.sqlite' AS p")
+    assert snapshot(database.parent) == before
+
+
 def test_a_database_that_cannot_be_read_is_our_fault_and_named_without_its_folder(executor, database):
     garbage = database.with_name("garbage.sqlite")
     garbage.write_bytes(b"no database at all " * 99)
     unfinished = shutil.copy(database, database.with_name("unfinished.sqlite"))
     Path(f"{unfinished}-wal").write_bytes(b"x")
     before = snapshot(database.parent)
-    for name in ("missing.sqlite", garbage.name, unfinished.name):
-        result = executor.execute(database.with_name(name), "SELECT 1")
+    reasons = {"missing": "no such file", "garbage": "not a database", "unfinished": "unfinished journal"}
+    for name, reason in reasons.items():
+        result = executor.execute(database.with_name(f"{name}.sqlite"), "SELECT 1")
         assert result.status == "infra"
-        assert name in result.error
+        assert f"{name}.sqlite" in result.error
+        assert reason in result.error
         assert "/" not in result.error
     assert snapshot(database.parent) == before
 
@@ -288,7 +328,9 @@ def test_a_database_that_cannot_be_read_is_our_fault_and_named_without_its_folde
 def test_a_worker_killed_between_statements_is_replaced_unseen(executor, database):
     for answer in (11, 12, 13):
         assert executor.execute(database, f"SELECT {answer}").rows == ((answer,),)
-        os.kill(*children(), signal.SIGKILL)
+        (pid,) = children()
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda pid=pid: not is_running(pid))
 
 
 def test_a_worker_killed_once_during_a_statement_costs_nothing_but_time(database):
@@ -423,9 +465,11 @@ def test_a_forked_process_has_workers_of_its_own_and_leaves_ours_alone(executor,
     before = children()
     child = os.fork()
     if child == 0:
-        right = executor.execute(database, "SELECT 22").rows == ((22,),) and set(children()).isdisjoint(before)
         executor.close()
-        os._exit(0 if right else 1)
+        right = executor.execute(database, "SELECT 22").rows == ((22,),)
+        num_workers = len(children())
+        executor.close()
+        os._exit(0 if right and num_workers == 1 else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert executor.execute(database, "SELECT 33").rows == ((33,),)
     assert children() == before

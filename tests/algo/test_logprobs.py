@@ -1,0 +1,34 @@
+"""Log-probabilities without the whole matrix of logits."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lit_stepwise.algo.logprobs import token_logprobs
+
+
+def test_two_tokens_worked_by_hand() -> None:
+    # logits of the first row: 0 and log 3, so probabilities 1/4 and 3/4; at temperature 0.5: 1/10 and 9/10
+    hidden = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    head = torch.tensor([[0.0, 5.0], [math.log(3), 7.0]])
+    logprobs, entropies = token_logprobs(hidden, head, torch.tensor([1, 0, 1]), torch.tensor([1.0, 0.5, 0.0]))
+    assert logprobs.exp().tolist() == pytest.approx([3 / 4, 1 / 10, 3 / 4])  # temperature 0 counts as 1
+    assert float(entropies[0]) == pytest.approx(-(0.25 * math.log(0.25) + 0.75 * math.log(0.75)))
+
+
+def test_chunks_change_neither_values_nor_gradients() -> None:
+    torch.manual_seed(1)
+    hidden, head = torch.randn(11, 6, dtype=torch.float64), torch.randn(9, 6, dtype=torch.float64)
+    targets, temperatures, weights = torch.randint(9, (11,)), torch.rand(11) + 0.5, torch.randn(11)
+    results = []
+    for chunk in (100, 4, 1):
+        inputs = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+        logprobs, entropies = token_logprobs(*inputs, targets, temperatures, chunk)
+        (logprobs * weights).sum().backward()
+        results.append([logprobs.detach(), entropies, *(x.grad for x in inputs)])
+    for other in results[1:]:
+        for expected, got in zip(results[0], other, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)

@@ -1,0 +1,106 @@
+"""Trajectories to step samples, and to lines of a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lit_stepwise.algo import TurnReturn
+from lit_stepwise.errors import EngineError
+from lit_stepwise.rollout.samples import assign_credit, step_samples
+from lit_stepwise.rollout.store import TrajectoryStore, read_trajectories
+from lit_stepwise.rollout.weight_sync import sync_weights
+from lit_stepwise.testing import ScriptedEngine
+from lit_stepwise.types import Feedback, StopReason, Trajectory, Turn
+
+
+def turn(token: int, reward: float) -> Turn:
+    feedback = Feedback(f"saw {token}", {"format": reward / 4, "outcome": reward * 3 / 4})
+    return Turn([token, token + 1], [token + 2], [-0.1 * token], 11, f"said {token}", feedback)
+
+
+SOUND = Trajectory("a", 0, 0, [turn(10, 1.0), turn(20, 2.0)], StopReason.DONE, temperature=0.7)
+OTHER = Trajectory("a", 0, 1, [turn(30, 0.0)], StopReason.MAX_TURNS, temperature=0.7)
+FAILED = Trajectory("a", 0, 2, [turn(40, 100.0)], StopReason.FAILED, failure="disk full")
+
+
+def test_every_turn_becomes_a_sample_with_its_own_ids_reward_and_advantage() -> None:
+    trajectories = [SOUND, FAILED, OTHER]
+    samples = step_samples(trajectories, assign_credit(trajectories, TurnReturn(norm_by_std=False)))
+    # returns to go (3, 2) and (0): means 1.5 and 1, with the failed trajectory out of the group
+    assert [(list(s.prompt_ids), list(s.response_ids), s.reward, s.advantage) for s in samples] == [
+        ([10, 11], [12], 1.0, 1.5),
+        ([20, 21], [22], 2.0, 1.0),
+        ([30, 31], [32], 0.0, -1.5),
+    ]
+    assert [(s.group, s.sample, s.turn, s.policy_version, s.temperature) for s in samples] == [
+        (0, 0, 0, 11, 0.7),
+        (0, 0, 1, 11, 0.7),
+        (0, 1, 0, 11, 0.7),
+    ]
+
+
+def test_a_failed_trajectory_gets_no_credit_and_changes_nobody_elses() -> None:
+    advantage = TurnReturn(norm_by_std=False)
+    assert assign_credit([SOUND, FAILED, OTHER], advantage) == [[1.5, 1.0], [0.0], [-1.5]]
+
+
+def test_the_store_keeps_what_was_read_and_written(tmp_path: Path) -> None:
+    store = TrajectoryStore(tmp_path / "trajectories")
+    path = store.write("train-000003", [SOUND, FAILED], [[1.5, 1.0], [0.0]])
+    first, second = read_trajectories(path)
+    assert [turn["prompt_ids"] + turn["response_ids"] for turn in first["turns"]] == [[10, 11, 12], [20, 21, 22]]
+    assert [turn["advantage"] for turn in first["turns"]] == [1.5, 1.0]
+    assert (first["reward"], first["stop_reason"], second["failure"]) == (3.0, "done", "disk full")
+    assert first["turns"][1]["feedback"]["rewards"] == {"format": 0.5, "outcome": 1.5}
+
+
+def test_a_crash_while_writing_leaves_the_last_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = TrajectoryStore(tmp_path)
+    path = store.write("play", [SOUND])
+    before = path.read_text()
+
+    def pull_the_plug(*_: object, **__: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(json, "dumps", pull_the_plug)
+    with pytest.raises(KeyboardInterrupt):
+        store.write("play", [OTHER])
+    assert path.read_text() == before
+
+
+class FixedPolicy:
+    """Scores every token the same."""
+
+    model_path = ""
+
+    def __init__(self, logprob: float) -> None:
+        self.logprob = logprob
+
+    def weights(self):  # type: ignore[no-untyped-def]
+        import torch
+
+        yield "w", torch.tensor([2.0])
+
+    def score(self, prompt_ids, response_ids):  # type: ignore[no-untyped-def]
+        import torch
+
+        return torch.full((len(response_ids),), self.logprob)
+
+
+def test_a_weight_sync_is_proved_by_a_probe() -> None:
+    engine = ScriptedEngine(lambda request: [1, 2, 3], logprob=-0.5)
+    gap = sync_weights(engine, FixedPolicy(-0.75), 12, probe_ids=[4], max_gap=0.3)
+    assert gap == pytest.approx(0.25)
+    assert (engine.weights["w"].item(), engine.policy_version) == (2.0, 12)
+    (probe,) = engine.requests
+    assert (list(probe.prompt_ids), probe.sampling.temperature) == ([4], 0.0)
+
+
+@pytest.mark.parametrize("logprob", [-0.1, float("nan")])
+def test_an_engine_that_plays_another_policy_stops_the_run(logprob: float) -> None:
+    engine = ScriptedEngine(lambda request: [1], logprob=-0.5)
+    with pytest.raises(EngineError, match=r"after the weight sync of step 12 .*rollout.max_logprob_gap=0\.3"):
+        sync_weights(engine, FixedPolicy(logprob), 12, probe_ids=[4], max_gap=0.3)

@@ -1,0 +1,72 @@
+"""Tasks in a stateless order."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lit_stepwise.errors import ConfigError, DataError
+from lit_stepwise.testing import CountdownTasks
+from lit_stepwise.training import TaskDataModule
+
+
+def data(stage: str = "fit", limit: Any = 1.0, **settings: Any) -> TaskDataModule:
+    module = TaskDataModule(CountdownTasks(), **{"train_files": "5", "tasks_per_iteration": 3, **settings})
+    module.trainer = SimpleNamespace(limit_train_batches=limit)  # type: ignore[assignment]
+    module.setup(stage)
+    return module
+
+
+def ids(module: TaskDataModule, iteration: int) -> list[str]:
+    return [task.task_id for task in module.tasks_for(iteration)]
+
+
+def test_every_sweep_plays_every_task_once_also_across_iterations() -> None:
+    played = [task for iteration in range(5) for task in ids(data(), iteration)]
+    sweeps = [played[start : start + 5] for start in range(0, 15, 5)]
+    assert [sorted(sweep) for sweep in sweeps] == [[f"goal-{goal}" for goal in range(1, 6)]] * 3
+    assert len({tuple(sweep) for sweep in sweeps}) == 3
+
+
+def test_the_order_is_a_function_of_seed_and_iteration_alone() -> None:
+    assert ids(data(), 3) == ids(data(), 3)
+    assert [ids(data(), i) for i in range(4)] != [ids(data(seed=1), i) for i in range(4)]
+
+
+def test_several_files_are_one_set_of_tasks_and_validation_may_be_cut_short() -> None:
+    module = data(train_files=["2", "3"], val_files="4", max_val_tasks=3)
+    assert [task.task_id for task in module.tasks] == ["goal-1", "goal-2", *["goal-1", "goal-2", "goal-3"] * 2]
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
+def test_a_stage_without_its_files_is_refused(stage: str) -> None:
+    name = {"fit": "train", "validate": "val", "test": "test", "predict": "test"}[stage]
+    with pytest.raises(ConfigError, match=f"data.{name}_files names no file"):
+        data(stage, train_files=None)
+
+
+def test_files_without_tasks_are_refused() -> None:
+    with pytest.raises(DataError, match="holds no task"):
+        data(train_files="0")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tasks_per_iteration": 0}, "data.tasks_per_iteration=0"),
+        ({"passes": 0}, "data.passes=0"),
+        ({"mini_batches": 4}, "data.mini_batches=4"),
+        ({"limit": 0.5}, r"trainer.limit_train_batches=0\.5"),
+        ({"mini_batches": 3, "limit": 2}, "trainer.limit_train_batches=2"),
+    ],
+)
+def test_settings_that_would_lose_samples_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        data(**settings)
+
+
+def test_without_a_rollout_callback_there_is_nobody_to_play() -> None:
+    with pytest.raises(ConfigError, match="add a RolloutCallback"):
+        list(data().train_dataloader())

@@ -1,0 +1,141 @@
+"""What the module learns from a mini-batch, against autograd on one sample at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lit_stepwise.algo import DualClip
+from lit_stepwise.algo.microbatches import collate, plan_micro_batches
+from lit_stepwise.errors import ConfigError
+from lit_stepwise.training import StepwiseModule
+from lit_stepwise.training.metrics import RolloutMetrics
+from lit_stepwise.types import Feedback, MiniBatch, Rollout, StepSample, StopReason, Trajectory, Turn
+
+LOSS = DualClip(low=0.1, high=0.3, dual=2.0)
+
+
+@pytest.fixture
+def module(tiny_model: Path) -> StepwiseModule:
+    module = StepwiseModule(str(tiny_model), loss=LOSS, max_tokens_per_micro_batch=40)
+    module.configure_model()
+    return module
+
+
+def samples() -> list[StepSample]:
+    """Of different lengths and temperatures, some far off-policy so that every branch clips."""
+    draw = torch.Generator().manual_seed(4)
+    made = []
+    for i, (prompt, response) in enumerate([(3, 2), (9, 5), (4, 7), (1, 1), (12, 3), (6, 4)]):
+        ids = torch.randint(0, 250, (prompt + response,), generator=draw).tolist()
+        logprobs = (torch.randn(response, generator=draw) * 2 - 6).tolist()
+        made.append(
+            StepSample(ids[:prompt], ids[prompt:], logprobs, 0.0, (-1) ** i * (1 + i / 4), i, 0, 0, 0, 0.5 + i / 4)
+        )
+    return made
+
+
+def reference_gradients(module: StepwiseModule, rows: list[StepSample]) -> list[torch.Tensor]:
+    """Each sample alone, its full logits, the formula; the mean is over all response tokens."""
+    assert module.policy is not None
+    model = module.policy.language_model
+    total = torch.zeros(())
+    for row in rows:
+        ids = torch.tensor([[*row.prompt_ids, *row.response_ids]])
+        logits = model(input_ids=ids).logits[0, len(row.prompt_ids) - 1 : -1] / row.temperature
+        logprobs = logits.log_softmax(-1)[range(len(row.response_ids)), list(row.response_ids)]
+        ratio = (logprobs - torch.tensor(row.rollout_logprobs)).exp()
+        objective = torch.minimum(ratio * row.advantage, ratio.clamp(0.9, 1.3) * row.advantage)
+        if row.advantage < 0:
+            objective = torch.clamp(objective, min=2.0 * row.advantage)
+        total = total - objective.sum()
+    total = total / sum(len(row.response_ids) for row in rows)
+    return list(torch.autograd.grad(total, list(model.parameters())))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("budget", [15, 40, 10_000])
+def test_the_gradient_is_that_of_one_sample_at_a_time_however_the_batch_is_cut(
+    module: StepwiseModule, world_size: int, budget: int
+) -> None:
+    rows = samples()
+    expected = reference_gradients(module, rows)
+    module._trainer = SimpleNamespace(world_size=world_size)  # type: ignore[assignment]
+    plan = plan_micro_batches([row.num_tokens for row in rows], budget, world_size)
+    num_tokens = MiniBatch(rows, 0, 0).num_response_tokens
+    for batches in plan:
+        for members in batches:
+            # a strategy averages the ranks' gradients; here they add up, so divide
+            (module._loss(collate([rows[i] for i in members]), num_tokens) / world_size).backward()
+    got = [parameter.grad for parameter in module.policy.language_model.parameters()]  # type: ignore[union-attr]
+    for theirs, ours in zip(expected, got, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-6)
+
+
+def test_trained_tokens_are_the_response_tokens_and_forwarded_tokens_include_padding(module: StepwiseModule) -> None:
+    rows = samples()
+    module._trainer = SimpleNamespace(world_size=1)  # type: ignore[assignment]
+    for _ in range(2):  # the second step starts from nothing
+        module._loss(collate(rows), 1)
+        values = module.update_metrics.result()
+        assert values["tokens/trained"] == 2 + 5 + 7 + 1 + 3 + 4
+        assert values["tokens/forwarded"] == 6 * 15
+
+
+def test_score_equals_the_full_logits(module: StepwiseModule) -> None:
+    assert module.policy is not None
+    ids = torch.tensor([[5, 6, 7, 8]])
+    logprobs = module.policy.language_model(input_ids=ids).logits.log_softmax(-1)
+    expected = [logprobs[0, 1, 7], logprobs[0, 2, 8]]
+    torch.testing.assert_close(module.score([5, 6], [7, 8]), torch.stack(expected), rtol=0, atol=1e-5)
+
+
+def test_weights_have_the_names_of_hugging_face_and_tied_ones_come_once(module: StepwiseModule) -> None:
+    names = [name for name, _ in module.weights()]
+    assert names[0] == "model.embed_tokens.weight"
+    assert "lm_head.weight" not in names
+    assert len(names) == len(set(names))
+
+
+def test_a_checkpoint_of_another_architecture_is_refused_by_name(module: StepwiseModule) -> None:
+    state: dict[str, Any] = module.state_dict()
+    module.on_load_checkpoint({"state_dict": state})
+    name = "policy.language_model.model.norm.weight"
+    with pytest.raises(ConfigError, match=rf"another architecture .* 1 tensors differ, the first {name} .*\(7,\)"):
+        module.on_load_checkpoint({"state_dict": {**state, name: torch.zeros(7)}})
+
+
+def turn(reward: float, tokens: int, **feedback: Any) -> Turn:
+    return Turn([1], [2] * tokens, [-0.5] * tokens, 0, "", Feedback("", {"r": reward}, **feedback))
+
+
+def test_rollout_metrics_are_means_over_what_did_not_fail() -> None:
+    done = {"done": True, "success": True}
+    trajectories = [
+        Trajectory("a", 0, 0, [turn(0.25, 3), turn(1.0, 5, **done)], StopReason.DONE),
+        Trajectory("a", 0, 1, [turn(-0.5, 4, format_error=True)], StopReason.MAX_TURNS),
+        Trajectory("b", 1, 0, [turn(50.0, 11)], StopReason.FAILED, failure="disk full"),
+    ]
+    metrics = RolloutMetrics()
+    metrics.update(Rollout("train", 0, 0, trajectories, 1.5, 2.5, 0.25, 3.5, num_cached_tokens=6))
+    values = {name: float(value) for name, value in metrics.result("rollout").items()}
+    assert values == pytest.approx(
+        {
+            "rollout/reward": (1.25 - 0.5) / 2,
+            "rollout/accuracy": 0.5,
+            "rollout/turns": 1.5,
+            "rollout/format_errors": 1 / 3,
+            "rollout/failed": 1 / 3,
+            "rollout/response_tokens": 4.0,
+            "seconds/engine": 1.5,
+            "seconds/environment": 2.5,
+            "seconds/sync": 0.25,
+            "seconds/play": 3.5,
+            "tokens/generated": 23.0,
+            "tokens/cached": 6.0,
+        }
+    )
