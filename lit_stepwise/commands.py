@@ -62,8 +62,9 @@ def _way_out(message: str, keys: set[str]) -> str:
     elif (wrong := re.search(r'key "[\w.]*?(\w+)":', message)) and wrong[1] in SEAMS:
         return f"; use one of {', '.join(_classes(SEAMS[wrong[1]]))}, or the class_path of your own"
     else:
-        unknown = [key for pair in re.findall(r"--([\w.]+)|[Kk]ey '([\w.]+)' is not expected", message) for key in pair]
-    close = [match for key in unknown if key for match in get_close_matches(key, keys, n=1, cutoff=0.6)]
+        named = re.findall(r"--([\w.]+)|(?:option|[Kk]ey) '([\w.]+)'", message)
+        unknown = [key for pair in named for key in pair if key and key not in keys]
+    close = [match for key in unknown for match in get_close_matches(key, keys, n=1, cutoff=0.6)]
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 

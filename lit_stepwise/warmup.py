@@ -42,7 +42,7 @@ _TAGS = tuple(
 )
 _MAX_POSITIONS = 4096
 _MICRO_BATCH_SIZE = 16
-_LIMITS = Limits(max_prompt_tokens=256, max_context_tokens=1024, max_new_tokens=64, max_turns=6)
+_LIMITS = Limits(max_prompt_tokens=256, max_context_tokens=1024, max_new_tokens=64, max_turns=5)
 
 
 def warmup(
@@ -327,8 +327,8 @@ improved by reinforcement learning on a laptop. It is no use for anything else.
 From random weights, by supervised learning alone, with AdamW: {num_steps} steps of {batch_size} traces, response tokens
 only, final loss {loss} nats per token. The traces are those of a scripted expert on {num_tasks} generated demo tasks,
 whose databases are none of those of the train, val and test tasks. In the first half of the steps the expert looks up
-every spelling; in the second half it skips a share of about {mistake_share} of the look-ups and guesses. Equal arguments
-give equal weights on one machine with one number of threads. No text written by people was used.
+every spelling; in the second half it skips a share of about {mistake_share} of the look-ups and guesses. Equal
+arguments give equal weights on one machine with one number of threads. No text written by people was used.
 
 ## What it can do
 

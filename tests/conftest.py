@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from lit_stepwise import cli
 from lit_stepwise.testing import save_tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -43,7 +45,7 @@ def countdown(tiny_model: Path) -> dict[str, Any]:
             "mini_batches": 2,
         },
         "rollout": {
-            "engine": {"class_path": "lit_stepwise.engines.transformers.TransformersEngine"},
+            "engine": {"class_path": "lit_stepwise.engines.TransformersEngine"},
             "environment": {"class_path": "lit_stepwise.testing.Countdown"},
             "advantage": {"class_path": "lit_stepwise.algo.TurnReturn"},
             "samples_per_task": 4,
@@ -62,6 +64,26 @@ def countdown(tiny_model: Path) -> dict[str, Any]:
             "callbacks": [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": checkpoint}],
         },
     }
+
+
+@pytest.fixture
+def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """The same in this process, which saves the imports: gives (exit code, stderr)."""
+
+    def run_it(command: str, config: dict[str, Any], *words: str) -> tuple[Any, str]:
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(config))
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's use of jsonargparse
+        monkeypatch.setattr(logging, "raiseExceptions", False)  # Lightning logs to the stderr of an earlier test
+        monkeypatch.setattr(sys, "argv", ["lit-stepwise", command, "--config", str(path), *words])
+        try:
+            code: Any = cli.main()
+        except SystemExit as ended:
+            code = ended.code
+        return code, capfd.readouterr().err
+
+    return run_it
 
 
 @pytest.fixture

@@ -118,8 +118,8 @@ def test_the_loss_is_that_of_the_response_tokens_whatever_the_padding():
     for example in (short, long):
         logprobs = model(torch.tensor([example.token_ids])).logits[0].log_softmax(-1)
         for place, token in enumerate(example.token_ids):
-            expected -= float(logprobs[place - 1, token]) if example.is_response[place] else 0.0
-    assert float(room._loss(model, [short, long])) == pytest.approx(expected, rel=1e-5)
+            expected -= logprobs[place - 1, token].item() if example.is_response[place] else 0.0
+    assert room._loss(model, [short, long]).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_model_card_says_how_it_was_made_and_what_it_can_do(saved):

@@ -60,7 +60,7 @@ class Text2SQL(Environment):
         }
         for name, limit in limits.items():
             if limit < 1:
-                raise ConfigError(f"environment.{name}={limit} shows nothing; use 1 or more")
+                raise ConfigError(f"rollout.environment.{name}={limit} shows nothing; use 1 or more")
         self.executor = executor or SQLiteExecutor()
         self.reward = reward
         self.instructions = instructions

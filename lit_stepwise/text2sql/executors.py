@@ -41,9 +41,9 @@ class SQLiteExecutor(Executor):
     """Worker processes; as many statements run at a time, the rest wait in the order in which they came."""
     timeout_seconds: float = 5.0
     """Time of one statement."""
-    max_rows: int = 1000
+    max_rows: int = 5000
     """Rows of one result; one that has more is cut and marked as truncated."""
-    max_bytes: int = 1_000_000
+    max_bytes: int = 4_000_000
     """Size of one result, 8 bytes per value plus text and blobs; one that has more is cut and marked as truncated."""
     max_sql_chars: int = 20_000
     """Length of one statement; a longer one is not run."""
@@ -114,7 +114,7 @@ class _Pool:
             return QueryResult("infra", error=f"a SQL worker could not be started: {error.strerror or error}")
 
     def close(self) -> None:
-        if self.pid != os.getpid():
+        if self.pid != os.getpid():  # after a fork the lock may be held for ever by a thread that is not here
             return
         with self._lock:
             for worker in self._alive:

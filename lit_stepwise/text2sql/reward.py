@@ -37,8 +37,8 @@ class ExecutionReward(Reward):
     def __post_init__(self) -> None:
         if self.correct <= max(self.wrong, self.unfinished):
             raise ConfigError(
-                f"reward.correct={self.correct} is not above wrong={self.wrong} and unfinished={self.unfinished}, "
-                "so that being right would not pay; raise it"
+                f"rollout.environment.reward.correct={self.correct} is not above wrong={self.wrong} and "
+                f"unfinished={self.unfinished}, so that being right would not pay; raise it"
             )
 
     def __call__(self, turn: SQLTurn) -> dict[str, float]:

@@ -463,13 +463,15 @@ def test_workers_end_with_the_object_that_nobody_holds_any_more(database):
 def test_a_forked_process_has_workers_of_its_own_and_leaves_ours_alone(executor, database):
     executor.execute(database, "SELECT 1")
     before = children()
-    child = os.fork()
-    if child == 0:
-        executor.close()
-        right = executor.execute(database, "SELECT 22").rows == ((22,),)
-        num_workers = len(children())
-        executor.close()
-        os._exit(0 if right and num_workers == 1 else 1)
+    with executor._pool._lock:  # as if another thread, which the child does not have, held it just now
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            executor.close()
+            right = executor.execute(database, "SELECT 22").rows == ((22,),)
+            num_workers = len(children())
+            executor.close()
+            os._exit(0 if right and num_workers == 1 else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert executor.execute(database, "SELECT 33").rows == ((33,),)
     assert children() == before

@@ -52,5 +52,5 @@ def test_by_default_an_attempt_is_better_than_none_and_being_right_is_best():
 
 @pytest.mark.parametrize("amounts", [{"correct": 0.2, "wrong": 0.2}, {"unfinished": 1.0}])
 def test_a_reward_under_which_being_right_does_not_pay_is_refused(amounts):
-    with pytest.raises(ConfigError, match=r"reward\.correct="):
+    with pytest.raises(ConfigError, match=r"environment\.reward\.correct="):
         ExecutionReward(**amounts)

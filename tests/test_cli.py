@@ -1,0 +1,142 @@
+"""The command line as a person meets it: what helps, and what is said when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lit_stepwise import cli
+
+
+def test_help_lists_the_commands_and_unknown_ones_get_the_closest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == cli.main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in ("fit", "validate", "test", "predict", "play", "warmup"))
+    assert cli.main(["valdate"]) == 2
+    assert "unknown command 'valdate'; did you mean 'validate'?" in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("lit-stepwise 0.")
+
+
+@pytest.mark.slow
+def test_the_help_of_fit_explains_the_settings_in_their_own_words(run: Any) -> None:
+    text = " ".join(run("fit", None, "--help").stdout.split())
+    assert "--rollout.samples_per_task" in text
+    assert "attempts at each task in an iteration; their mean is the baseline" in text
+    assert "Nucleus mass; below 1 the sampled distribution is cut" in text
+
+
+WRONG = {
+    "a misspelt option": (["--data.val_file", "x"], "did you mean data.val_files?"),
+    "a misspelt option of a class": (["--model.loss.dul", "3"], "Option 'dul' is not accepted; did you mean dual?"),
+    "an abbreviation": (["--trainer.max_epoch", "3"], "did you mean trainer.max_epochs?"),
+    "an unknown engine": (
+        ["--rollout.engine", "Foo"],
+        "rollout.engine.* Foo; use one of .*lit_stepwise.engines.VLLMEngine",
+    ),
+    "an unknown loss": (
+        ["--model.loss", "lit_stepwise.algo.DualClp"],
+        "model.loss.*DualClp.*use one of lit_stepwise.algo.DualClip",
+    ),
+    "one sample a task": (["--rollout.samples_per_task", "1"], "rollout.samples_per_task=1 .*; use 2 or more"),
+    "no room in the context": (
+        ["--rollout.limits.max_prompt_tokens", "999"],
+        "rollout.limits.max_prompt_tokens=999 leaves no room .*raise max_context_tokens",
+    ),
+    "a prompt over budget": (
+        ["--rollout.limits.max_prompt_tokens", "20"],
+        r"rollout.limits.max_prompt_tokens=20, but the first prompts of 8 of 8 tasks .*raise it to \d\d",
+    ),
+    "greedy training": (
+        ["--rollout.sampling.temperature", "0"],
+        r"rollout.sampling.temperature=0.* never explores; use e.g. 1.0",
+    ),
+    "a model that is not there": (
+        ["--model.model_path", "/none"],
+        "model.model_path='/none' is no folder.*give a folder",
+    ),
+    "a file without tasks": (["--data.train_files", "0"], "data.train_files=.*holds no task"),
+    "a checkpoint that is not there": (
+        ["--ckpt_path", "no.ckpt"],
+        "ckpt_path='no.ckpt' does not exist; give a checkpoint",
+    ),
+    "too many mini-batches": (["--data.mini_batches", "3"], "data.mini_batches=3 .*use at most that many"),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), WRONG.values(), ids=WRONG)
+def test_what_is_wrong_is_one_line_that_names_it_and_the_way_out(
+    words: list[str], message: str, countdown: dict[str, Any], main: Any, tmp_path: Path
+) -> None:
+    code, stderr = main("fit", countdown, *words)
+    assert code in (1, 2)
+    assert "Traceback" not in stderr
+    (said,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert re.search(message, said), said
+    assert not list(tmp_path.glob("runs/**/*.ckpt"))
+
+
+def test_a_misspelt_key_in_a_file_names_the_right_one(countdown: dict[str, Any], main: Any) -> None:
+    countdown["rollout"]["sample_per_task"] = countdown["rollout"].pop("samples_per_task")
+    code, stderr = main("fit", countdown)
+    assert code == 2
+    assert "'rollout.sample_per_task'; did you mean rollout.samples_per_task?" in stderr
+
+
+@pytest.mark.slow
+def test_the_console_script_ends_with_the_same_code_and_line(countdown: dict[str, Any], run: Any) -> None:
+    done = run("fit", countdown, "--data.passes", "0")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "error: data.passes=0; use 1 or more"
+
+
+@pytest.mark.slow
+def test_a_second_config_and_dotted_words_override_the_first(
+    countdown: dict[str, Any], run: Any, tmp_path: Path
+) -> None:
+    second = tmp_path / "second.yaml"
+    second.write_text(yaml.safe_dump({"rollout": {"limits": {"max_turns": 2}}, "trainer": {"max_epochs": 7}}))
+    done = run("fit", countdown, "--config", str(second), "--trainer.max_epochs", "9", "--print_config")
+    printed = yaml.safe_load(done.stdout)
+    assert (printed["rollout"]["limits"]["max_turns"], printed["trainer"]["max_epochs"]) == (2, 9)
+    assert printed["rollout"]["limits"]["max_new_tokens"] == 8
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_model_is_refused_before_anything_is_written(
+    countdown: dict[str, Any], run: Any, tmp_path: Path
+) -> None:
+    from lit_stepwise.testing import save_tiny_model
+
+    assert run("fit", countdown, "--trainer.max_epochs", "1").returncode == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/**/*.ckpt")}
+    other = save_tiny_model(tmp_path / "other", num_layers=1)
+    done = run("fit", countdown, "--ckpt_path", "last", "--model.model_path", str(other))
+    assert done.returncode == 1
+    assert "error: ckpt_path holds another architecture than model.model_path=" in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/**/*.ckpt")} == before
+
+
+@pytest.mark.slow
+def test_every_command_that_plays_runs_from_the_checkpoint_of_a_fit(
+    countdown: dict[str, Any], run: Any, tmp_path: Path
+) -> None:
+    assert run("fit", countdown, "--trainer.max_epochs", "1").returncode == 0
+    for command in ("validate", "test", "predict"):
+        done = run(command, countdown, "--ckpt_path", "last")
+        assert done.returncode == 0, done.stderr
+        assert "ckpt_path=last: resuming from runs/version_0/checkpoints/last.ckpt" in done.stderr
+    for _ in range(2):
+        done = run("play", countdown, "--split", "test", "--samples_per_task", "3", "--output", "played")
+        assert done.returncode == 0, done.stderr
+    assert "played 6 trajectories of 2 tasks" in done.stderr
+    lines = (tmp_path / "played-2" / "play.jsonl").read_text().splitlines()  # the first play was not written over
+    assert [json.loads(line)["sample"] for line in lines] == [0, 1, 2, 0, 1, 2]

@@ -1,0 +1,41 @@
+"""Every page in configs/ can be read by the command it is for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_a_config_parses_and_prints_what_it_says(path: Path) -> None:
+    script = Path(sys.executable).with_name("lit-stepwise")
+    done = subprocess.run(
+        [str(script), "fit", "--config", str(path), "--print_config"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
+    assert is_part(yaml.safe_load(path.read_text()), yaml.safe_load(done.stdout))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_the_head_of_a_config_says_the_command(path: Path) -> None:
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any(f"lit-stepwise fit --config configs/{path.name}" in line for line in head)
+
+
+def is_part(given: object, printed: object) -> bool:
+    """Whether everything ``given`` stands in ``printed``, which has the defaults besides."""
+    if isinstance(given, dict):
+        return isinstance(printed, dict) and all(is_part(given[key], printed.get(key)) for key in given)
+    if isinstance(given, list):
+        return isinstance(printed, list) and all(is_part(a, b) for a, b in zip(given, printed, strict=True))
+    return given == printed
