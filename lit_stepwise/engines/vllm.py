@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import logging
-import os
-import random
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lit_stepwise.engines.vllm_process import (
+    generators,
+    kept_process_group,
+    seed_generators,
+    set_environment,
+    set_generators,
+    silenced,
+    undisturbed,
+)
+from lit_stepwise.engines.vllm_settings import on_cpu, resolve_dtype, sampling_params
+from lit_stepwise.engines.vllm_weights import checked, expected_weights, repack
 from lit_stepwise.errors import EngineError
 from lit_stepwise.interfaces import Engine
-from lit_stepwise.types import Completion, Request, Sampling
+from lit_stepwise.types import Completion, Request
 
 _CPU_KV_CACHE_MB = 256  # is filled with zeros at start, which takes seconds for a gigabyte
 
@@ -76,23 +82,25 @@ class VLLMEngine(Engine):
             raise EngineError(f"model.model_path={model_path} does not exist")
         self._max_context_tokens = max_context_tokens
         self._owns_distributed = not dist.is_initialized()
-        with _undisturbed(), _silenced():
-            _set_environment(local=path.is_dir())
+        with undisturbed(), silenced():
+            set_environment(local=path.is_dir())
             try:
                 self._engine = self._build(str(path.resolve()) if path.is_dir() else model_path)
             except Exception as error:  # whatever vLLM raises, it means that it cannot run here
                 self._clean_up()
                 raise EngineError(f"vLLM does not start: {error}") from error
-            self._shapes, self._names = _expected_weights(self._engine.model_config.hf_text_config)
-            self._generators = _generators()
+            self._shapes, self._names = expected_weights(self._engine.model_config.hf_text_config)
+            self._generators = generators()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
         """Stream them in. Raises ``EngineError`` naming a weight that is unknown, misshapen or missing."""
         self._expect_idle("load_weights")
         self._policy_version = -1
         with self._calling(), torch.no_grad():
-            self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": self._checked(weights)})
-            self._engine.apply_model(_repack)
+            self._engine.collective_rpc(
+                "reload_weights", kwargs={"weights_iterator": checked(weights, self._shapes, self._names)}
+            )
+            self._engine.apply_model(repack)
         self._reset_cache()
         if hasattr(self._engine, "set_weight_version"):  # older versions have none
             self._engine.set_weight_version(str(policy_version))
@@ -103,7 +111,7 @@ class VLLMEngine(Engine):
         self._expect_idle("begin_phase")
         self._reset_cache()
         with self._calling():
-            _seed_generators(seed)
+            seed_generators(seed)
 
     def submit(self, request: Request) -> None:
         """Queue it."""
@@ -116,7 +124,7 @@ class VLLMEngine(Engine):
                 f"for a response within max_context_tokens={self._max_context_tokens}"
             )
         prompt = {"prompt_token_ids": list(request.prompt_ids)}
-        settings = _sampling_params(request.sampling, min(request.max_new_tokens, room))
+        settings = sampling_params(request.sampling, min(request.max_new_tokens, room))
         with self._calling():
             self._engine.add_request(request.request_id, prompt, settings)
         self._order[request.request_id] = self._num_submitted
@@ -150,13 +158,13 @@ class VLLMEngine(Engine):
         import vllm
 
         config = self._engine.model_config
-        where = "CPU" if _on_cpu() else "GPU"
+        where = "CPU" if on_cpu() else "GPU"
         return f"vLLM {vllm.__version__} in process on {where}, {str(config.dtype).removeprefix('torch.')}"
 
     def close(self) -> None:
         """Give the memory back, and the process group if vLLM made it."""
         if self._engine is not None:
-            with _undisturbed():
+            with undisturbed():
                 self._clean_up()
             gc.collect()
 
@@ -164,7 +172,7 @@ class VLLMEngine(Engine):
         from vllm.distributed import cleanup_dist_env_and_memory
 
         engine, self._engine = self._engine, None
-        with _kept_process_group(not self._owns_distributed):
+        with kept_process_group(not self._owns_distributed):
             engine.engine_core.shutdown() if engine is not None else cleanup_dist_env_and_memory()
 
     def _build(self, model_path: str) -> Any:
@@ -173,42 +181,21 @@ class VLLMEngine(Engine):
 
         settings: dict[str, Any] = {
             "model": model_path,
-            "dtype": self._resolve_dtype(model_path),
+            "dtype": resolve_dtype(self.dtype, model_path),
             "max_model_len": self._max_context_tokens,
             "tensor_parallel_size": self.tensor_parallel_size,
             "gpu_memory_utilization": self.gpu_memory_utilization,
-            "enforce_eager": _on_cpu() if self.enforce_eager is None else self.enforce_eager,
+            "enforce_eager": on_cpu() if self.enforce_eager is None else self.enforce_eager,
             "logprobs_mode": "processed_logprobs",
             "disable_log_stats": True,
         }
-        if _on_cpu():
+        if on_cpu():
             settings["block_size"] = 32  # the smallest there is: a prefix is cached in whole blocks
-        if self.kv_cache_memory_mb or _on_cpu():
+        if self.kv_cache_memory_mb or on_cpu():
             settings["kv_cache_memory_bytes"] = (self.kv_cache_memory_mb or _CPU_KV_CACHE_MB) << 20
         if dist.is_initialized() and dist.get_world_size() > 1:
             settings["distributed_executor_backend"] = "external_launcher"  # this process is one rank of many
         return LLMEngine.from_engine_args(EngineArgs(**{**settings, **(self.engine_kwargs or {})}))
-
-    def _resolve_dtype(self, model_path: str) -> str:
-        from transformers import AutoConfig
-
-        if self.dtype != "auto":
-            return self.dtype
-        stored = AutoConfig.from_pretrained(model_path).get_text_config().dtype
-        return "float32" if _on_cpu() or stored in (None, torch.float32) else "auto"
-
-    def _checked(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Pass them on; vLLM would only warn of what is missing."""
-        missing = set(self._names)
-        for name, weight in weights:
-            if name not in self._shapes:
-                raise EngineError(f"load_weights got {name}, which the engine's model does not have")
-            if self._shapes[name] != weight.shape:
-                raise EngineError(f"load_weights got {name} of {tuple(weight.shape)}, not {tuple(self._shapes[name])}")
-            missing.discard(name)
-            yield name, weight.detach()
-        if missing:
-            raise EngineError(f"load_weights got no {', '.join(sorted(missing))}; send every weight")
 
     def _completion(self, output: Any) -> Completion:
         sampled = output.outputs[0]
@@ -238,125 +225,12 @@ class VLLMEngine(Engine):
     @contextmanager
     def _calling(self) -> Iterator[None]:
         """In process vLLM samples with torch's global generator: lend it ours, and give the trainer back its own."""
-        trainer = _generators()
-        _set_generators(self._generators)
+        trainer = generators()
+        set_generators(self._generators)
         try:
             # one helper of vLLM is compiled even where the model is not, which takes 20 seconds the first time
             with torch.compiler.set_stance("force_eager" if self._engine.model_config.enforce_eager else "default"):
                 yield
         finally:
-            self._generators = _generators()
-            _set_generators(trainer)
-
-
-def _on_cpu() -> bool:
-    from vllm.platforms import current_platform
-
-    return bool(current_platform.is_cpu())
-
-
-def _sampling_params(sampling: Sampling, max_tokens: int) -> Any:
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    return SamplingParams(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        stop=list(sampling.stop) or None,
-        include_stop_str_in_output=True,
-        skip_special_tokens=False,  # a stop string is looked for in the text that the environment reads
-        max_tokens=max_tokens,
-        logprobs=0,  # of the sampled token alone
-        flat_logprobs=True,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
-
-
-def _expected_weights(config: Any) -> tuple[dict[str, torch.Size], set[str]]:
-    """Shapes by every name a weight may come under, and the names that must come."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    shapes = {name: weight.shape for name, weight in model.named_parameters(remove_duplicate=False)}
-    return shapes, {name for name, _ in model.named_parameters()}
-
-
-def _repack(model: torch.nn.Module) -> None:
-    """On a CPU linear layers multiply with a packed copy, which a reload leaves old in a head tied to the embedding."""
-    if not _on_cpu():
-        return
-    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if hasattr(module, "cpu_linear") and weight is not None and weight.ndim == 2 and weight.numel():
-            dispatch_cpu_unquantized_gemm(module, remove_weight=False)
-
-
-def _generators() -> tuple[Any, ...]:
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-    return torch.get_rng_state(), cuda, random.getstate(), np.random.get_state()
-
-
-def _set_generators(states: tuple[Any, ...]) -> None:
-    cpu, cuda, python, numpy = states
-    torch.set_rng_state(cpu)
-    if cuda is not None:
-        torch.cuda.set_rng_state(cuda)
-    random.setstate(python)
-    np.random.set_state(numpy)
-
-
-def _seed_generators(seed: int) -> None:
-    torch.manual_seed(seed % 2**63)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Give back what vLLM changes for the whole process."""
-    environment, generators = dict(os.environ), _generators()
-    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(environment)
-        vars(torch)["set_num_threads"] = set_num_threads  # vLLM puts a function there that does nothing
-        torch.set_num_threads(num_threads)
-        _set_generators(generators)
-
-
-@contextmanager
-def _silenced() -> Iterator[None]:
-    """Its imports use what torch is about to remove."""
-    with warnings.catch_warnings():
-        for category in (DeprecationWarning, FutureWarning):
-            warnings.simplefilter("ignore", category)
-        yield
-
-
-def _set_environment(local: bool) -> None:
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # it speaks before it reads the variable
-    if local:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # asking the hub for a folder is retried for half a minute
-    if dist.is_initialized():  # not every launcher sets these
-        os.environ.setdefault("RANK", str(dist.get_rank()))
-        os.environ.setdefault("WORLD_SIZE", str(dist.get_world_size()))
-        os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
-
-
-@contextmanager
-def _kept_process_group(keep: bool) -> Iterator[None]:
-    """Shutting down, vLLM destroys the default process group, whoever made it."""
-    destroy = dist.destroy_process_group
-    if keep:
-        dist.destroy_process_group = lambda group=None: destroy(group) if group is not None else None
-    try:
-        yield
-    finally:
-        dist.destroy_process_group = destroy
+            self._generators = generators()
+            set_generators(trainer)

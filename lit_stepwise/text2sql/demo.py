@@ -27,7 +27,7 @@ _MARKER = "made_by_demo_tasks.json"
 _SPLITS = {"train": (100, 1000), "val": (16, 128), "test": (16, 128)}  # databases and tasks
 _GRADES = [0] * 4 + [1] * 7 + [2] * 6 + [3] * 3  # of every 20 tasks
 _SLIP_SHARE = 0.02
-_CARE = 4 / 3
+_CARE = 1.5
 
 _SPELLINGS: tuple[Callable[[str], str], ...] = (
     lambda word: word.upper(),
@@ -124,20 +124,22 @@ def write_tasks(folder: Path, split: str, num_databases: int, num_tasks: int, se
 def expert(task: SQLTask, rng: random.Random, mistake_share: float = 0.0) -> Iterator[str]:
     """The responses of someone who looks up every spelling and then answers.
 
-    With probability ``mistake_share`` each, a look-up is skipped and its spelling guessed: a little less often in the
-    first column of a table (of 0.5: 0.4), a little more often in the others (0.6).
+    With probability ``mistake_share`` each, a look-up is skipped and its spelling guessed: less often in the
+    first column of a table (of 0.5: 0.35), more often in the others (0.63).
     """
-    gold = task.gold_sql
+    gold, thought = task.gold_sql, ""
     table = _match(r"FROM (\w+)", gold)
     for column, stored in re.findall(r"(\w+) = '([^']*)'", gold):
-        if rng.random() >= mistake_share ** (_CARE if f"{table} | {column}" in _DOMAINS else 1 / _CARE):
-            yield f"<think>check {column}</think><sql>SELECT DISTINCT {column} FROM {table}</sql>"
-            continue
-        guess = rng.choice(_SPELLINGS)(_match(rf"{column} (\w+)", task.question))
-        gold = gold.replace(f"{column} = '{stored}'", f"{column} = '{guess}'")
+        word = _match(rf"{column} (\w+)", task.question)
+        if rng.random() < mistake_share ** (_CARE if f"{table} | {column}" in _DOMAINS else 1 / _CARE):
+            guess = rng.choice(_SPELLINGS)(word)
+            gold = gold.replace(f"{column} = '{stored}'", f"{column} = '{guess}'")
+        else:
+            yield f"<think>{thought}check {column}</think><sql>SELECT DISTINCT {column} FROM {table}</sql>"
+            thought = f"{word} = '{stored}', "
     if mistake_share and rng.random() < _SLIP_SHARE:
         gold = re.sub(r"WHERE \w+", "WHERE id", gold)
-    yield f"<think>answer</think><solution>{gold}</solution>"
+    yield f"<think>{thought}answer</think><solution>{gold}</solution>"
 
 
 @dataclass(frozen=True)

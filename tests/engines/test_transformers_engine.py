@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, Qwen2Config
 
-from lit_stepwise.engines.transformers import TransformersEngine, _Ends, _row, _sample
+from lit_stepwise.engines.rows import row_dtype
+from lit_stepwise.engines.sampling import Ends, sample
+from lit_stepwise.engines.transformers import TransformersEngine
 from lit_stepwise.errors import ConfigError, EngineError
 from lit_stepwise.testing import save_tiny_model
 from lit_stepwise.types import Completion, Request, Sampling
@@ -158,11 +160,11 @@ def test_sampling_inverts_the_distribution_function_as_worked_by_hand() -> None:
     expected = {0.0: 0, 0.05: 0, 0.15: 1, 0.59: 1, 0.61: 2, 0.76: 3, 0.999: 3}
     uniforms = np.array(list(expected))
     one = np.ones(len(expected), dtype=np.float32)
-    tokens, logprobs = _sample(probabilities.log().expand(len(expected), -1), one, one, uniforms)
+    tokens, logprobs = sample(probabilities.log().expand(len(expected), -1), one, one, uniforms)
     assert tokens.tolist() == list(expected.values())
     assert np.exp(logprobs) == pytest.approx([0.1, 0.1, 0.5, 0.5, 0.15, 0.25, 0.25])
     # of a nucleus of 0.7 only 0.5 and 0.25 are left
-    tokens, logprobs = _sample(probabilities.log().expand(len(expected), -1), one, one * 0.7, uniforms)
+    tokens, logprobs = sample(probabilities.log().expand(len(expected), -1), one, one * 0.7, uniforms)
     assert tokens.tolist() == [1, 1, 1, 1, 1, 3, 3]
     assert np.exp(logprobs) == pytest.approx([2 / 3] * 5 + [1 / 3] * 2)
 
@@ -208,8 +210,8 @@ def test_a_stop_string_ends_a_response_and_changes_nothing_before_it(
 def test_a_stop_string_is_seen_with_the_token_that_completes_it(
     model: Any, tokenizer: Any, response: str, stop: str
 ) -> None:
-    ends, ids = _Ends(tokenizer, model), tokenizer(response)["input_ids"]
-    rows = np.zeros(1, _row(64))
+    ends, ids = Ends(tokenizer, model), tokenizer(response)["input_ids"]
+    rows = np.zeros(1, row_dtype(64))
     rows["tokens"][0, : len(ids) + 9] = [*PROMPTS[0], *ids]
     ends.index(("something else",))
     rows["prompt"], rows["stop"] = 9, ends.index(("no such thing", stop))
