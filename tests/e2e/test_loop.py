@@ -1,0 +1,122 @@
+"""The whole loop on the Countdown game: what is read, written, trained and logged."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+from lightning.pytorch.loggers import CSVLogger
+
+from lit_stepwise.algo import GroupRelative
+from lit_stepwise.engines import TransformersEngine
+from lit_stepwise.rollout import RolloutCallback
+from lit_stepwise.testing import Countdown, CountdownTasks
+from lit_stepwise.training import StepwiseModule, TaskDataModule
+from lit_stepwise.types import Completion, Limits, Request
+
+pytestmark = pytest.mark.slow
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """The metrics of a run, one row per optimizer step."""
+    steps: dict[str, dict[str, str]] = {}
+    with (folder / "metrics.csv").open() as file:
+        for row in csv.DictReader(file):
+            steps.setdefault(row["step"], {}).update({name: value for name, value in row.items() if value})
+    return [steps[step] for step in sorted(steps, key=int)]
+
+
+def stored_turns(folder: Path, pattern: str) -> list[dict[str, Any]]:
+    lines = [line for path in sorted(folder.glob(pattern)) for line in path.read_text().splitlines()]
+    return [turn for line in lines for turn in json.loads(line)["turns"]]
+
+
+class Recorder(TransformersEngine):
+    """Keeps what the engine read and wrote while the policy explored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: dict[tuple[int, str], Sequence[int]] = {}
+        self.written: dict[tuple[int, str], Sequence[int]] = {}
+        self.greedy = True
+
+    def submit(self, request: Request) -> None:
+        self.greedy = request.sampling.temperature == 0
+        if not self.greedy:
+            self.read[self.policy_version, request.request_id] = list(request.prompt_ids)
+        super().submit(request)
+
+    def step(self) -> list[Completion]:
+        completions = super().step()
+        if not self.greedy:
+            self.written |= {(each.policy_version, each.request_id): list(each.response_ids) for each in completions}
+        return completions
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_store_holds_exactly_what_the_engine_read_and_wrote_and_all_of_it_is_trained(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    engine = Recorder()
+    rollout = RolloutCallback(
+        engine, Countdown(), GroupRelative(), samples_per_task=3, limits=Limits(100, 200, 8, 3), deterministic=True
+    )
+    logger = CSVLogger(tmp_path, name="", version="run")
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_epochs=2, callbacks=[rollout], logger=logger, log_every_n_steps=1,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    data = TaskDataModule(CountdownTasks(), train_files="4", val_files="2", tasks_per_iteration=3, mini_batches=3)
+    trainer.fit(StepwiseModule(str(tiny_model)), datamodule=data)
+
+    turns = stored_turns(tmp_path / "run" / "trajectories", "train-*.jsonl")
+    assert sorted(turn["prompt_ids"] + turn["response_ids"] for turn in turns) == sorted(
+        [*engine.read[key], *engine.written[key]] for key in engine.read
+    )
+    metrics = rows(tmp_path / "run")
+    trained = sum(float(row["tokens/trained"]) for row in metrics)
+    generated = sum(float(row.get("tokens/generated", 0)) for row in metrics)
+    assert trained == generated == sum(len(turn["response_ids"]) for turn in turns) > 100
+
+
+def test_two_processes_play_and_learn_like_one(countdown: dict[str, Any], run: Any, tmp_path: Path) -> None:
+    one = run("fit", countdown, "--trainer.default_root_dir", "one")
+    two = run(
+        "fit", countdown, "--trainer.default_root_dir", "two", "--trainer.devices", "2", "--trainer.strategy", "ddp"
+    )
+    assert (one.returncode, two.returncode) == (0, 0), two.stderr
+    for alone, together in zip(rows(tmp_path / "one/version_0"), rows(tmp_path / "two/version_0"), strict=True):
+        for name in (
+            "train/loss",
+            "train/grad_norm",
+            "train/entropy",
+            "tokens/trained",
+            "rollout/reward",
+            "val/accuracy",
+        ):
+            if name in alone:
+                assert float(together[name]) == pytest.approx(float(alone[name]), rel=1e-3, abs=1e-4), name
+    assert (
+        stored_turns(tmp_path, "one/version_0/trajectories/train-000000.jsonl")[5]["prompt_ids"]
+        == (stored_turns(tmp_path, "two/version_0/trajectories/train-000000.jsonl")[5]["prompt_ids"])
+    )
+
+
+def test_wandb_works_offline_without_a_key(countdown: dict[str, Any], run: Any, tmp_path: Path) -> None:
+    logger = {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": {"offline": True, "save_dir": "logs"}}
+    countdown["trainer"]["logger"] = logger
+    done = run("fit", countdown, "--trainer.max_epochs", "1")
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob("logs/wandb/offline-run-*/*.wandb"))
+
+
+def test_the_last_line_says_what_was_gained_and_where_the_files_are(countdown: dict[str, Any], run: Any) -> None:
+    done = run("fit", countdown, "--trainer.max_epochs", "1")
+    last = done.stdout.splitlines()[-1]
+    assert "accuracy 66.7% before" in last
+    assert last.endswith("files in runs/version_0")
