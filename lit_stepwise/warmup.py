@@ -64,10 +64,10 @@ def warmup(
     Args:
         output: Folder to save model, tokenizer and model card to.
         seed: Of databases, traces and weights.
-        num_steps: Optimizer steps.
+        num_steps: Optimizer steps, the first half on faultless traces.
         batch_size: Traces per optimizer step.
         learning_rate: At its peak; it rises over the first 5 percent of the steps and then falls to 0.
-        num_tasks: Tasks that the expert plays, each once, on one database per 40.
+        num_tasks: Tasks that the expert plays, once without and once with mistakes; one database per 40.
         mistake_share: Share of the look-ups that the expert skips, to guess a spelling instead.
         vocabulary_size: Token ids, tags and control tokens included.
         hidden_size: Width of the model.

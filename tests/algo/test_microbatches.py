@@ -47,6 +47,8 @@ def test_a_plan_keeps_to_its_budget_and_loses_nothing() -> None:
 def test_a_plan_puts_like_lengths_together_and_the_costliest_on_different_ranks() -> None:
     plan = plan_micro_batches([3, 9, 4, 10], 20, 2)
     assert plan == [[[3, 1]], [[2, 0]]]  # 10 + 9 padded to 20, 4 + 3 padded to 8
+    # four micro-batches that cost 10, 9, 8, 7: dealt out there and back, so that both ranks have 17
+    assert plan_micro_batches([10, 9, 8, 7], 10, 2) == [[[0], [3]], [[1], [2]]]
 
 
 def test_ranks_without_work_get_empty_micro_batches() -> None:

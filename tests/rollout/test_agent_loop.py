@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +82,8 @@ def test_the_engine_reads_exactly_what_it_read_and_wrote_before_and_then_the_obs
 def test_turns_and_context_end_a_trajectory_with_their_reason(tokenizer: Any, renderer: ChatRenderer) -> None:
     engine = ScriptedEngine(Speaker(tokenizer, *["123456789"] * 9))
     loop = loop_of(engine, renderer, Countdown(), limits={"max_turns": 2})
-    assert play(loop, 3)[0].stop_reason is StopReason.MAX_TURNS
+    (trajectory,) = play(loop, 3)
+    assert (trajectory.stop_reason, len(trajectory.turns)) == (StopReason.MAX_TURNS, 2)
     size = len(engine.requests[0].prompt_ids)
     loop = loop_of(engine, renderer, Countdown(), limits={"max_prompt_tokens": size, "max_context_tokens": size + 12})
     (trajectory,) = play(loop, 3)
@@ -149,16 +152,43 @@ def test_nobody_waits_for_a_slow_environment_unless_asked_to_be_deterministic(
     assert (len(slow.turns), len(quick.turns), slow.failed) == (1, 3, False)
 
 
-def test_deterministic_play_sends_the_same_requests_in_the_same_order_every_time(
+@dataclass
+class Sluggish(Countdown):
+    """Takes its time over the attempts in ``slow``, by their goals."""
+
+    slow: tuple[int, ...] = ()
+
+    def start(self, task: Task, max_turns: int) -> Episode:
+        episode = super().start(task, max_turns)
+        if task.goal in self.slow:  # type: ignore[attr-defined]
+            answer = episode.step
+            episode.step = lambda response: time.sleep(0.05) or answer(response)  # type: ignore[method-assign]
+        return episode
+
+
+THREE_TURNS = {"max_turns": 3, "max_context_tokens": 400}
+
+
+def orders_of_play(tokenizer: Any, renderer: ChatRenderer, deterministic: bool) -> list[list[tuple[str, int]]]:
+    orders = []
+    for slow in ((), (1, 2), (3, 4)):
+        engine = ScriptedEngine(Speaker(tokenizer, "12345678", "1234567", "123456"), batch=2)
+        play(
+            loop_of(engine, renderer, Sluggish(slow=slow), deterministic=deterministic, limits=THREE_TURNS), 1, 2, 3, 4
+        )
+        orders.append([(request.request_id, request.seed) for request in engine.requests])
+    return orders
+
+
+def test_deterministic_play_sends_the_same_requests_in_the_same_order_whoever_is_slow(
     tokenizer: Any, renderer: ChatRenderer
 ) -> None:
-    orders = []
-    for _ in range(3):
-        engine = ScriptedEngine(Speaker(tokenizer, "1234", "123", "12", "1"), batch=3)
-        play(loop_of(engine, renderer, Countdown()), 1, 2, 3, 4, 1, 2)
-        orders.append([(request.request_id, request.seed) for request in engine.requests])
+    orders = orders_of_play(tokenizer, renderer, deterministic=True)
     assert orders[0] == orders[1] == orders[2]
-    assert len({seed for _, seed in orders[0]}) == len(orders[0])
+    assert len({seed for _, seed in orders[0]}) == len(orders[0]) == 12
+    free = orders_of_play(tokenizer, renderer, deterministic=False)
+    assert free[1] != free[2]
+    assert sorted(free[1]) == sorted(orders[0])  # the seeds do not depend on the order
 
 
 def test_seeds_depend_on_every_part_and_on_nothing_else() -> None:

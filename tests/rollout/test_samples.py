@@ -69,6 +69,8 @@ def test_a_crash_while_writing_leaves_the_last_file_whole(tmp_path: Path, monkey
     with pytest.raises(KeyboardInterrupt):
         store.write("play", [OTHER])
     assert path.read_text() == before
+    monkeypatch.undo()
+    assert read_trajectories(store.write("play", [OTHER])) != [json.loads(before)]
 
 
 class FixedPolicy:

@@ -57,6 +57,11 @@ def test_the_first_tasks_of_a_split_are_of_all_kinds(source):
     assert len({task.database for task in first}) > 8
 
 
+def test_no_question_is_asked_twice_about_a_database(source):
+    tasks = tasks_of(source, "train")
+    assert len({(task.database, task.question) for task in tasks}) == len(tasks)
+
+
 def test_there_are_many_domains(source):
     tables = {re.search(r"FROM (\w+)", task.gold_sql)[1] for task in tasks_of(source, "val")}
     assert len(tables) == 8
@@ -70,10 +75,9 @@ def test_the_same_seed_writes_the_same_bytes_and_another_seed_others(source, tmp
     assert content(other.folder)["val.jsonl"] != content(source.folder)["val.jsonl"]
 
 
-def test_what_is_there_already_is_left_alone(source):
-    before = Path(source.folder).stat().st_mtime_ns
+def test_what_is_there_already_is_left_alone(source, monkeypatch):
+    monkeypatch.setattr(demo, "write_tasks", None)
     DemoTasks(folder=source.folder).prepare()
-    assert Path(source.folder).stat().st_mtime_ns == before
 
 
 def test_what_another_version_or_seed_wrote_is_replaced(tmp_path, monkeypatch):
@@ -156,10 +160,11 @@ def test_every_condition_is_needed(source):
 
 
 def test_an_expert_who_looks_everything_up_is_always_right(source):
+    rng = random.Random(1)
     with closing(Text2SQL(instructions="")) as environment:
         for task in tasks_of(source, "val"):
             episode = environment.start(task, 4)
-            *looks, answer = [episode.step(response) for response in expert(task, random.Random(1))]
+            *looks, answer = [episode.step(response) for response in expert(task, rng)]
             assert len(looks) == task.num_lookups
             assert all(look.details["rows"] == 3 for look in looks)
             assert answer.success
@@ -184,7 +189,7 @@ def test_an_expert_skips_the_stated_share_of_look_ups(source):
     for task in tasks_of(source, "train"):
         asked.update(re.findall(r"(\w+) = '", task.gold_sql))
         looked.update(re.findall(r"check (\w+)", " ".join(expert(task, rng, mistake_share=0.5))))
-    for columns, share in ((("status", "kind", "ward"), 0.60), (("region", "view", "doctor"), 0.41)):
+    for columns, share in ((("status", "kind", "ward"), 0.65), (("region", "view", "doctor"), 0.37)):
         shares = sum(looked[column] for column in columns) / sum(asked[column] for column in columns)
         assert shares == pytest.approx(share, abs=0.07)
 

@@ -25,7 +25,7 @@ class CountingExecutor(Executor):
     """The real one, but it remembers what it was asked, and can be told to fail."""
 
     def __init__(self) -> None:
-        self.inner = SQLiteExecutor(num_workers=1)
+        self.inner = SQLiteExecutor(num_workers=1, max_rows=100)
         self.asked: Counter[str] = Counter()
         self.is_broken = False
 
@@ -197,8 +197,8 @@ def test_gold_that_does_not_run_is_named_with_its_task_and_database(environment,
 
 
 def test_gold_that_is_cut_cannot_be_compared_with(environment, task):
-    endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 5000) SELECT i FROM n"
-    with pytest.raises(DataError, match=r"more than 1000 rows .* raise the executor's max_rows"):
+    endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 500) SELECT i FROM n"
+    with pytest.raises(DataError, match=r"more than 100 rows .* raise the executor's max_rows"):
         environment.prepare([bad(task, "t-9", endless)])
     with pytest.raises(DataError, match="t-9"):
         environment.start(bad(task, "t-9", endless), 4)
