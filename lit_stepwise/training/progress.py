@@ -24,6 +24,7 @@ class RolloutProgressBar(ProgressBar):
         self._phase = ""
         self._played = 0
         self._to_play = 0
+        self._shown: dict[str, str] = {}
 
     def disable(self) -> None:
         """Lightning calls this on all ranks but the first."""
@@ -42,6 +43,7 @@ class RolloutProgressBar(ProgressBar):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the bar where a resumed run stands."""
         self._open(total=int(trainer.estimated_stepping_batches), initial=trainer.global_step, unit="step")
+        self._show_metrics(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -52,7 +54,7 @@ class RolloutProgressBar(ProgressBar):
             self._show_metrics(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show the new accuracy."""
+        """Show the new accuracy; that of the sanity check stands until there is another."""
         self._show_metrics(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -98,7 +100,7 @@ class RolloutProgressBar(ProgressBar):
             self._bar.update(self._played - self._bar.n if self._bar.unit == "trajectory" else 0)
 
     def _show_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        metrics = self.get_metrics(trainer, pl_module)
+        self._shown |= {name: f"{value:.3f}" for name, value in metrics.items() if name != "v_num"}
         if self._bar is not None:
-            items = self.get_metrics(trainer, pl_module)
-            items.pop("v_num", None)
-            self._bar.set_postfix({name: f"{value:.3f}" for name, value in items.items()})
+            self._bar.set_postfix(self._shown)
