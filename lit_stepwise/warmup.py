@@ -341,7 +341,7 @@ From random weights, by supervised learning alone, with Muon: {num_steps} steps 
 only, final loss {loss} nats per token. The traces are those of a scripted expert on {num_tasks} generated demo tasks,
 whose databases are none of those of the train, val and test tasks. In the first half of the steps the expert looks up
 every spelling; in the second half it skips a share of about {mistake_share} of the look-ups and guesses. Equal
-arguments give equal weights on one machine with one number of threads. No text written by people was used.
+arguments give equal weights on one machine with one number of threads. No data but that of the generator was used.
 
 ## What it can do
 
