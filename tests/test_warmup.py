@@ -47,6 +47,7 @@ def tokenizer(saved):
 
 
 def test_equal_arguments_give_equal_files(saved, tmp_path):
+    torch.manual_seed(99)  # which is not to matter
     warmup(str(tmp_path / "mini"), **MINIATURE)
     for name in ("model.safetensors", "tokenizer.json"):
         assert (tmp_path / "mini" / name).read_bytes() == (saved / name).read_bytes()
@@ -85,9 +86,14 @@ def test_tags_are_one_token_each_and_control_tokens_are_special(tokenizer):
 
 
 def test_any_text_survives_the_tokenizer(tokenizer):
-    text = "SELECT 'é  ü' FROM \"x\"\n\n<b> 1024,  don't"
+    text = "SELECT 'é  ü' FROM \"x\"\n\n<b> 1024 , do n't ."
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    assert len(tokenizer("1024")["input_ids"]) == 4  # digits stay single, so that any number can be copied
+
+
+def test_digits_stay_single_so_that_any_number_can_be_copied():
+    tokenizer = room._make_tokenizer([room._Trace([Message("user", "above 1024 " * 99)], [], [])], 400)
+    assert len(tokenizer("above")["input_ids"]) == 1
+    assert len(tokenizer("1024")["input_ids"]) == 4
 
 
 def test_a_trace_is_trained_on_responses_only_in_the_tokens_of_play(tokenizer):
