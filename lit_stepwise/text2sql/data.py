@@ -81,10 +81,12 @@ class JSONLTasks(TaskSource):
         if missing:
             raise DataError(_say_missing(file, root, missing))
         if not tasks:
-            raise DataError(
-                f"{file} holds no task"
-                + ("" if self.split is None else f" whose split is {self.split!r}; change split")
+            wanted = (
+                f" whose split is {self.split!r}; change data.source.split"
+                if self.split is not None
+                else (f"; write a JSON object with {', '.join(_REQUIRED)} on each line")
             )
+            raise DataError(f"{file} holds no task{wanted}")
         return tasks
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 import hashlib
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).parent.parent.parent
 KILL = '''
 import os, signal
 from lightning.pytorch import Callback
@@ -39,25 +42,41 @@ def outcome(folder: Path) -> tuple[int, str, list[str]]:
     return checkpoint["global_step"], digest.hexdigest(), values
 
 
+def killed_before(step: int, config: dict[str, Any]) -> dict[str, Any]:
+    """The same configuration with a callback that kills the run."""
+    killer = {"class_path": "kill_before.KillBefore", "init_args": {"step": step}}
+    return {**config, "trainer": {**config["trainer"], "callbacks": [*config["trainer"]["callbacks"], killer]}}
+
+
+def check_that_a_killed_run_ends_like_one_left_alone(
+    step: int, config: dict[str, Any], run: Any, folder: Path, *words: str
+) -> None:
+    (folder / "kill_before.py").write_text(KILL)
+    config["trainer"]["default_root_dir"] = "runs"
+    assert run("fit", config, *words, "--trainer.default_root_dir", "alone").returncode == 0
+    assert run("fit", killed_before(step, config), *words).returncode == -9
+    resumed = run("fit", config, *words, "--ckpt_path", "last")
+    assert resumed.returncode == 0, resumed.stderr
+    assert outcome(folder / "runs") == outcome(folder / "alone")
+    assert outcome(folder / "runs")[0] == 6
+
+
 @pytest.mark.parametrize("step", [2, 3], ids=["at an iteration boundary", "in the middle of an iteration"])
 def test_a_run_killed_and_resumed_ends_like_one_that_was_left_alone(
     step: int, countdown: dict[str, Any], run: Any, tmp_path: Path
 ) -> None:
-    (tmp_path / "kill_before.py").write_text(KILL)
-    alone = {**countdown, "trainer": {**countdown["trainer"], "default_root_dir": "alone"}}
-    killer = {"class_path": "kill_before.KillBefore", "init_args": {"step": step}}
-    killed = {
-        **countdown,
-        "trainer": {**countdown["trainer"], "callbacks": [*countdown["trainer"]["callbacks"], killer]},
-    }
+    check_that_a_killed_run_ends_like_one_left_alone(step, countdown, run, tmp_path)
 
-    assert run("fit", alone).returncode == 0
-    assert run("fit", killed).returncode == -9
-    resumed = run("fit", countdown, "--ckpt_path", "last")
 
-    assert resumed.returncode == 0, resumed.stderr
-    assert outcome(tmp_path / "runs") == outcome(tmp_path / "alone")
-    assert outcome(tmp_path / "runs")[0] == 6
+@pytest.mark.vllm
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+def test_the_tiny_run_on_vllm_and_sqlite_does_so_too(run: Any, tmp_path: Path) -> None:
+    config = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
+    config["model"]["model_path"] = str(ROOT / "models" / "tiny-sql")
+    words = ("--rollout.engine", "VLLMEngine", "--rollout.samples_per_task", "4", "--data.tasks_per_iteration", "6")
+    check_that_a_killed_run_ends_like_one_left_alone(
+        3, config, run, tmp_path, *words, "--data.mini_batches", "2", "--trainer.max_epochs", "3"
+    )
 
 
 def test_asking_for_the_last_checkpoint_where_there_is_none_starts_afresh_and_says_so(
