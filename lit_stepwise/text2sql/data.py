@@ -81,12 +81,10 @@ class JSONLTasks(TaskSource):
         if missing:
             raise DataError(_say_missing(file, root, missing))
         if not tasks:
-            wanted = (
-                f" whose split is {self.split!r}; change data.source.split"
-                if self.split is not None
-                else (f"; write a JSON object with {', '.join(_REQUIRED)} on each line")
-            )
-            raise DataError(f"{file} holds no task{wanted}")
+            way_out = f"write a JSON object with {', '.join(_REQUIRED)} on each line"
+            if self.split is not None:
+                way_out = f"data.source.split={self.split!r} keeps none of its lines"
+            raise DataError(f"{file} holds no task; {way_out}")
         return tasks
 
 

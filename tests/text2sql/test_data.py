@@ -73,7 +73,7 @@ def test_a_split_keeps_its_lines_only(folder):
     file = write(folder, LINE | {"split": "dev"}, LINE | {"id": "a-2", "split": "test"}, LINE | {"id": "a-3"})
     assert [task.task_id for task in JSONLTasks(split="test").read(file)] == ["a-2"]
     assert [task.task_id for task in JSONLTasks().read(file)] == ["a-1", "a-2", "a-3"]
-    assert refusal(file, split="train") == f"{file} holds no task whose split is 'train'; change split"
+    assert refusal(file, split="train") == f"{file} holds no task; data.source.split='train' keeps none of its lines"
 
 
 def test_a_split_that_is_not_wanted_needs_no_database(folder):
@@ -116,7 +116,9 @@ def test_a_repeated_id_is_named_with_both_lines(folder):
 def test_a_file_that_is_missing_or_empty_or_no_text_is_said_so(folder):
     assert "No such file" in refusal(str(folder / "none.jsonl"))
     assert "Is a directory" in refusal(str(folder))
-    assert refusal(write(folder, "")).endswith("tasks.jsonl holds no task")
+    assert refusal(write(folder, "")).endswith(
+        "tasks.jsonl holds no task; write a JSON object with id, db_id, question, gold_sql on each line"
+    )
     (folder / "latin.jsonl").write_bytes(b'{"id": "\xe9"}')
     assert "is not UTF-8 text (byte 8)" in refusal(str(folder / "latin.jsonl"))
 
