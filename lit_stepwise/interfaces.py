@@ -54,6 +54,9 @@ class Episode(ABC):
 class Environment(ABC):
     """A kind of task. Built once from the YAML; holds settings and shared resources, never a game in play."""
 
+    stop: Sequence[str] = ()
+    """Strings that end a response, besides the end-of-turn token: where an action of the protocol closes."""
+
     @abstractmethod
     def start(self, task: Task, max_turns: int) -> Episode:
         """Begin a fresh attempt that may take ``max_turns`` turns."""

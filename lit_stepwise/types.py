@@ -44,8 +44,8 @@ class Sampling:
     """Softmax temperature; 0 is greedy. The trainer divides its logits by the same number."""
     top_p: float = 1.0
     """Nucleus mass; below 1 the sampled distribution is cut and importance ratios are biased, which is said once."""
-    stop: Sequence[str] = ("</sql>", "</solution>")
-    """Strings that end a response. They stay in the text and their tokens stay in the ids."""
+    stop: Sequence[str] = ()
+    """Strings that end a response, besides those of the environment. They stay in the text, their tokens in the ids."""
 
     def __post_init__(self) -> None:
         if self.temperature < 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -90,6 +90,9 @@ class AgentLoop:
     on_trajectory_end: Callable[[Attempt], None] = lambda attempt: None
     engine_seconds: float = 0.0
     num_cached_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.sampling = replace(self.sampling, stop=(*self.environment.stop, *self.sampling.stop))
 
     def play(self, attempts: Sequence[Attempt]) -> None:
         """Play every attempt until it has a ``stop_reason``. A fault in one episode ends that attempt alone."""

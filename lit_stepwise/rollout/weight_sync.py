@@ -27,7 +27,7 @@ def sync_weights(
     """
     engine.load_weights(policy.weights(), policy_version)
     engine.begin_phase(seed=0)
-    engine.submit(Request("probe", probe_ids, num_tokens, Sampling(temperature=0.0, stop=()), seed=0))
+    engine.submit(Request("probe", probe_ids, num_tokens, Sampling(temperature=0.0), seed=0))
     completions = engine.step()
     while not completions:
         completions = engine.step()

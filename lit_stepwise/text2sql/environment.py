@@ -16,6 +16,7 @@ from lit_stepwise.text2sql.data import SchemaStyle, SQLTask, read_schema
 from lit_stepwise.text2sql.executors import SQLiteExecutor
 from lit_stepwise.text2sql.prompts import (
     INSTRUCTIONS,
+    STOP,
     Action,
     format_observation,
     format_question,
@@ -31,6 +32,8 @@ _CALLERS = 8  # enough to keep any sensible number of workers busy
 
 class Text2SQL(Environment):
     """Questions about databases, answered with SQL over several turns."""
+
+    stop = STOP
 
     def __init__(
         self,

@@ -36,6 +36,9 @@ NYC
 <solution>SELECT name FROM staff WHERE site = 'LDN' ORDER BY salary DESC LIMIT 1</solution>"""
 """The system message for models that have to be told."""
 
+STOP = ("</sql>", "</solution>")
+"""An action ends the turn."""
+
 _THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
 _HALF_THOUGHT = re.compile(r"^.*</think>|<think>.*$", re.DOTALL)
 _ACTION = re.compile(r"<(sql|solution)>(.*?)</\1>", re.DOTALL)

@@ -79,6 +79,15 @@ def test_the_engine_reads_exactly_what_it_read_and_wrote_before_and_then_the_obs
     )
 
 
+def test_the_engine_stops_where_environment_and_settings_say(tokenizer: Any, renderer: ChatRenderer) -> None:
+    engine = ScriptedEngine(Speaker(tokenizer, "1"))
+    game = Countdown()
+    game.stop = ("</move>",)
+    loop = AgentLoop(engine, game, renderer, Limits(60, 120), Sampling(0.25, 0.5, ("!",)), True, 1)
+    play(loop, 3)
+    assert [request.sampling for request in engine.requests] == [Sampling(0.25, 0.5, ("</move>", "!"))]
+
+
 def test_turns_and_context_end_a_trajectory_with_their_reason(tokenizer: Any, renderer: ChatRenderer) -> None:
     engine = ScriptedEngine(Speaker(tokenizer, *["123456789"] * 9))
     loop = loop_of(engine, renderer, Countdown(), limits={"max_turns": 2})

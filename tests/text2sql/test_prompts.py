@@ -6,6 +6,7 @@ import pytest
 
 from lit_stepwise.text2sql.prompts import (
     INSTRUCTIONS,
+    STOP,
     Action,
     format_observation,
     format_question,
@@ -179,3 +180,9 @@ def test_a_reprimand_says_what_was_expected():
         "<observation>\nno action found: end with <sql>...</sql> or <solution>...</solution>\n</observation>\n"
         "<reminder>5 turns left</reminder>"
     )
+
+
+def test_each_action_ends_with_a_string_that_stops_the_engine():
+    for stop, kind in zip(STOP, ("query", "solution"), strict=True):
+        tag = stop.removeprefix("</")
+        assert parse_action(f"<think>so</think><{tag}SELECT 4{stop}").kind == kind
