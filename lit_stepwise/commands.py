@@ -145,6 +145,8 @@ def _quieten() -> None:
     """Keep out what no user can act on."""
     # with manual optimization a checkpoint holds the weights after the step, which is what is wanted here
     warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
+    # what is logged is over all ranks already; Lightning cannot know, and sees the process group that vLLM makes
+    warnings.filterwarnings("ignore", message="It is recommended to use `self.log.*sync_dist=True")
     # lightning 2.6 calls it once per run under torch 2.13
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(

@@ -8,6 +8,7 @@ from typing import Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric import Fabric
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_stepwise.errors import ConfigError
@@ -46,6 +47,8 @@ class StepwiseTrainer(pl.Trainer):
         bars = [each for each in self.callbacks if each is not rollout]  # type: ignore[attr-defined]
         fabric = Fabric(accelerator=self.strategy.root_device.type, devices=self.num_devices, callbacks=bars)
         fabric.launch()
+        for bar in (each for each in bars if isinstance(each, ProgressBar) and not fabric.is_global_zero):
+            bar.disable()
         with fabric.rank_zero_first(local=True):
             datamodule.prepare_data()
         tasks = datamodule.read(split)[:max_tasks]

@@ -45,7 +45,7 @@ class RolloutMetrics(nn.Module):
         self.tokens["generated"].update(rollout.num_generated_tokens)  # type: ignore[operator]
         self.tokens["cached"].update(rollout.num_cached_tokens)  # type: ignore[operator]
 
-    def result(self, prefix: str) -> dict[str, Tensor]:
+    def result(self, prefix: str) -> dict[str, float]:
         """Over all ranks, then start afresh: ``<prefix>/<mean>``, ``seconds/<phase>``, ``tokens/<kind>``."""
         named = {f"{prefix}/{name}": metric for name, metric in self.means.items()}
         if prefix == "rollout":
@@ -77,7 +77,7 @@ class UpdateMetrics(nn.Module):
         self.tokens["trained"].update(len(next(iter(per_token.values()))))  # type: ignore[operator]
         self.tokens["forwarded"].update(num_forwarded)  # type: ignore[operator]
 
-    def result(self) -> dict[str, Tensor]:
+    def result(self) -> dict[str, float]:
         """Over all ranks, then start afresh: ``train/<mean>``, ``tokens/<kind>``."""
         named = {f"train/{name}": metric for name, metric in self.means.items()}
         named |= {f"tokens/{name}": metric for name, metric in self.tokens.items()}
@@ -88,7 +88,7 @@ class UpdateMetrics(nn.Module):
         return values
 
 
-def _value(metric: nn.Module) -> Tensor:
+def _value(metric: nn.Module) -> float:
+    """Over all ranks."""
     assert isinstance(metric, Metric)
-    value: Tensor = metric.compute()
-    return value
+    return float(metric.compute())

@@ -144,7 +144,8 @@ class StepwiseModule(pl.LightningModule):
         return torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
 
     def _log_update(self, grad_norm: Tensor, lr: float, seconds: float) -> None:
-        values = self.update_metrics.result() | {"train/grad_norm": grad_norm, "train/lr": lr, "seconds/train": seconds}
+        values = self.update_metrics.result()
+        values |= {"train/grad_norm": float(grad_norm), "train/lr": lr, "seconds/train": seconds}
         self.log_dict(values, batch_size=1)
         if self._rollout_is_new:
             self._log_rollout()
@@ -156,7 +157,7 @@ class StepwiseModule(pl.LightningModule):
         self.log("reward", values["rollout/reward"], prog_bar=True, logger=False, batch_size=1)
         self.log_dict(values, logger=False, batch_size=1)
         for logger in self.loggers:  # self.log would repeat them at every further step of the iteration
-            logger.log_metrics({name: float(value) for name, value in values.items()}, step=self.global_step - 1)
+            logger.log_metrics(values, step=self.global_step - 1)
 
     # ---- play, as it comes in
 
@@ -172,9 +173,8 @@ class StepwiseModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Accuracy and the rest, over all ranks."""
-        values = self.evaluation_metrics.result("val")
+        values = self._log_evaluation("val")
         self.log("accuracy", values["val/accuracy"], prog_bar=True, logger=False, batch_size=1)
-        self.log_dict(values, batch_size=1)
 
     def test_step(self, batch: Rollout, batch_idx: int) -> None:
         """Count what was played."""
@@ -182,7 +182,12 @@ class StepwiseModule(pl.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Accuracy and the rest, over all ranks."""
-        self.log_dict(self.evaluation_metrics.result("test"), batch_size=1)
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, prefix: str) -> dict[str, float]:
+        values = self.evaluation_metrics.result(prefix)
+        self.log_dict(values, batch_size=1)
+        return values
 
     def predict_step(self, batch: Rollout, batch_idx: int) -> list[dict[str, Any]]:
         """The trajectories, as plain dictionaries, since Lightning refuses to move frozen dataclasses."""
