@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -49,6 +49,13 @@ class Episode(ABC):
 
         What the model did wrong is feedback, not an exception. An exception here fails this trajectory alone.
         """
+
+    def cut_short(self) -> Mapping[str, float] | None:
+        """Reward components to stand in place of the last turn's, when the context has no room for another turn.
+
+        Running out of context must not pay better than running out of turns. None keeps what the turn was given.
+        """
+        return None
 
 
 class Environment(ABC):

@@ -127,7 +127,7 @@ class AgentLoop:
         """Hand the next prompt to the engine, if the budgets leave room for an answer."""
         room = self.limits.max_context_tokens - len(attempt.prompt_ids)
         if room < 1 or (not attempt.turns and len(attempt.prompt_ids) > self.limits.max_prompt_tokens):
-            self._end(attempt, StopReason.CONTEXT)
+            self._cut_short(attempt)
             return
         request = Request(
             request_id=attempt.name,
@@ -192,6 +192,13 @@ class AgentLoop:
             )
             return True
         return False
+
+    def _cut_short(self, attempt: Attempt) -> None:
+        rewards = attempt.episode.cut_short() if attempt.episode and attempt.turns else None
+        if rewards is not None:
+            last = attempt.turns[-1]
+            attempt.turns[-1] = replace(last, feedback=replace(last.feedback, rewards=rewards))
+        self._end(attempt, StopReason.CONTEXT)
 
     def _end(self, attempt: Attempt, reason: StopReason, failure: str = "") -> None:
         attempt.stop(reason, failure)

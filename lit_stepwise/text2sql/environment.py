@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -127,6 +127,7 @@ class _SQLEpisode(Episode):
     gold: QueryResult
     schema: str
     turns_left: int
+    last_turn: SQLTurn | None = None
 
     def prompt(self) -> Sequence[Message]:
         question = Message("user", format_question(self.schema, self.task.question, self.task.evidence))
@@ -140,13 +141,16 @@ class _SQLEpisode(Episode):
             return self._feedback(action, None)
         return self._feedback(action, self.environment.executor.execute(self.task.database, action.sql))
 
+    def cut_short(self) -> Mapping[str, float] | None:
+        return self.environment.reward(replace(self.last_turn, last=True)) if self.last_turn else None
+
     def _feedback(self, action: Action, result: QueryResult | None) -> Feedback:
         details = _details(action, result)
         if result is not None and result.status == "infra":
             return Feedback("", failure=f"executor: {result.error}", details=details)
         is_solution = action.kind == "solution"
         correct = is_solution and result is not None and self._is_right(result)
-        turn = SQLTurn(
+        self.last_turn = SQLTurn(
             query=result,
             is_solution=is_solution,
             correct=correct,
@@ -155,7 +159,7 @@ class _SQLEpisode(Episode):
         )
         return Feedback(
             observation="" if is_solution else self._observation(result),
-            rewards=self.environment.reward(turn),
+            rewards=self.environment.reward(self.last_turn),
             done=is_solution,
             success=correct,
             format_error=result is None,

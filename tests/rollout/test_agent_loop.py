@@ -99,6 +99,26 @@ def test_turns_and_context_end_a_trajectory_with_their_reason(tokenizer: Any, re
     assert (trajectory.stop_reason, len(trajectory.turns)) == (StopReason.CONTEXT, 1)
 
 
+class Strict(Countdown):
+    """Running out of context costs something."""
+
+    def start(self, task: Task, max_turns: int) -> Episode:
+        episode = super().start(task, max_turns)
+        episode.cut_short = lambda: {"unfinished": -0.75}  # type: ignore[method-assign]
+        return episode
+
+
+def test_the_environment_may_take_back_the_last_reward_when_the_context_is_full(
+    tokenizer: Any, renderer: ChatRenderer
+) -> None:
+    engine = ScriptedEngine(Speaker(tokenizer, *["123456789"] * 9))
+    size = len(renderer.first_prompt([Message("user", "count down to 3")]))
+    limits = {"max_prompt_tokens": size, "max_context_tokens": size + 55}
+    (trajectory,) = play(loop_of(engine, renderer, Strict(), limits=limits), 3)
+    assert trajectory.stop_reason is StopReason.CONTEXT
+    assert [turn.reward for turn in trajectory.turns] == [0.5, -0.75]
+
+
 def test_a_response_may_use_no_more_than_what_the_context_leaves(tokenizer: Any, renderer: ChatRenderer) -> None:
     engine = ScriptedEngine(Speaker(tokenizer, "123456789"))
     size = len(renderer.first_prompt([Message("user", "count down to 3")]))

@@ -238,3 +238,10 @@ def test_real_gold_statements_run_and_match_themselves():
         environment.prepare(tasks)
         for task in tasks:
             assert environment.start(task, 4).step(f"<solution>{task.gold_sql}</solution>").success, task
+
+
+def test_running_out_of_context_costs_what_running_out_of_turns_costs(environment, task):
+    cut, out_of_turns = environment.start(task, 5), environment.start(task, 1)
+    look = "<sql>SELECT nothing FROM item</sql>"
+    assert cut.step(look).rewards == {"answer": 0.0, "format": 0.0, "query": -0.15}
+    assert cut.cut_short() == out_of_turns.step(look).rewards == {"answer": -0.7, "format": 0.0, "query": -0.15}
