@@ -9,16 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_stepwise.interfaces import Engine, Environment, Episode, TaskSource
+from lit_stepwise.tiny_models import SPECIAL_TOKENS, chat_tokenizer, qwen3_config
 from lit_stepwise.types import Completion, Feedback, Message, Request, Task
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _MERGES = (("s", "q"), ("sq", "l"), ("<", "/"), (">", "Ċ"), ("Ġ", "s"), ("e", "r"), ("i", "n"), ("a", "n"))
 """Enough for words of several bytes; ``>Ċ`` is a token in which a stop string ends before the token does."""
 
@@ -36,24 +32,11 @@ def save_tiny_model(
     The weights are larger than a fresh model's, so that its distributions are far from uniform.
     """
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3ForCausalLM
 
     tokenizer = _byte_tokenizer()
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=3 * hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=max_context_tokens,
-        tie_word_embeddings=tie_word_embeddings,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    wide = {"tie_word_embeddings": tie_word_embeddings, "initializer_range": 0.3}
+    config = qwen3_config(tokenizer, hidden_size, num_layers, max_context_tokens, **wide)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         Qwen3ForCausalLM(config).save_pretrained(folder)
@@ -63,20 +46,13 @@ def save_tiny_model(
 
 def _byte_tokenizer() -> Any:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in _MERGES)]
     tokenizer = Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, list(_MERGES)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in _SPECIAL])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        chat_template=CHATML,
-        clean_up_tokenization_spaces=False,
-    )
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL_TOKENS])
+    return chat_tokenizer(tokenizer)
 
 
 class ScriptedEngine(Engine):

@@ -30,13 +30,9 @@ from lit_stepwise.rollout.rendering import ChatRenderer
 from lit_stepwise.text2sql.data import JSONLTasks, SQLTask
 from lit_stepwise.text2sql.demo import DemoTasks, expert, write_tasks
 from lit_stepwise.text2sql.environment import Text2SQL
+from lit_stepwise.tiny_models import SPECIAL_TOKENS, chat_tokenizer, qwen3_config
 from lit_stepwise.types import Limits, Message, Sampling, Task
 
-_CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _TAGS = tuple(
     f"<{slash}{name}>" for name in ("think", "sql", "solution", "observation", "reminder") for slash in ("", "/")
 )
@@ -149,7 +145,6 @@ def _play_expert(
 def _make_tokenizer(traces: Sequence[_Trace], vocabulary_size: int) -> Any:
     """Byte-level BPE over what is said in the traces; numbers stay single digits, tags are one token each."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -158,7 +153,7 @@ def _make_tokenizer(traces: Sequence[_Trace], vocabulary_size: int) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size - len(_TAGS),
-        special_tokens=list(_SPECIAL),
+        special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -171,33 +166,14 @@ def _make_tokenizer(traces: Sequence[_Trace], vocabulary_size: int) -> Any:
     )
     tokenizer.train_from_iterator(said, trainer)
     tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in _TAGS])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        chat_template=_CHATML,
-        clean_up_tokenization_spaces=False,
-        model_max_length=_MAX_POSITIONS,
-    )
+    return chat_tokenizer(tokenizer, model_max_length=_MAX_POSITIONS)
 
 
 def _make_model(tokenizer: Any, hidden_size: int, num_layers: int) -> Any:
-    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+    from transformers import GenerationConfig, Qwen3ForCausalLM
 
-    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=3 * hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=_MAX_POSITIONS,
-        tie_word_embeddings=True,
-        **ends,
-    )
-    model = Qwen3ForCausalLM(config)
+    model = Qwen3ForCausalLM(qwen3_config(tokenizer, hidden_size, num_layers, _MAX_POSITIONS, tie_word_embeddings=True))
+    ends = {name: getattr(model.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, **ends)
     return model
 

@@ -22,9 +22,10 @@ ALLOWED = {
     "text2sql": SEAMS,
     "rollout": {*SEAMS, "algo"},
     "training": {*SEAMS, "algo"},
-    "testing": SEAMS,
+    "tiny_models": SEAMS,
+    "testing": {*SEAMS, "tiny_models"},
     "trainer": {*SEAMS, "rollout", "training"},
-    "warmup": {*SEAMS, "rollout", "text2sql", "engines", "algo"},
+    "warmup": {*SEAMS, "tiny_models", "rollout", "text2sql", "engines", "algo"},
     "commands": {*SEAMS, "algo", "engines", "text2sql", "rollout", "training", "trainer"},
     "cli": {"errors", "commands", "warmup"},
 }

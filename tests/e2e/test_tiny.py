@@ -33,12 +33,12 @@ def column(folder: Path, name: str) -> list[float]:
 
 
 def test_greedy_accuracy_rises_within_a_few_iterations(tiny: dict[str, Any], run: Any, tmp_path: Path) -> None:
-    words = ("--rollout.engine", "TransformersEngine", "--trainer.max_epochs", "10")
+    words = ("--rollout.engine", "TransformersEngine", "--trainer.max_epochs", "6")
     done = run("fit", tiny, *words)
     assert done.returncode == 0, done.stderr
     accuracy = column(tmp_path / "runs/tiny/version_0", "val/accuracy")
-    assert accuracy[-1] > accuracy[0] + 0.1, accuracy
-    assert column(tmp_path / "runs/tiny/version_0", "rollout/failed") == [0.0] * 10
+    assert accuracy[-1] > accuracy[0] + 0.25, accuracy
+    assert column(tmp_path / "runs/tiny/version_0", "rollout/failed") == [0.0] * 6
 
 
 @pytest.mark.vllm
