@@ -16,7 +16,7 @@ from lit_stepwise.types import Trajectory
 class TrajectoryStore:
     """Writes whole files and renames them into place, so that a crash never leaves half of one.
 
-    DuckDB reads them all at once: ``select * from read_json('runs/tiny/*/trajectories/*.jsonl')``.
+    DuckDB reads them all at once: ``select * from read_json('runs/tiny/*/trajectories/train-*.jsonl')``.
     """
 
     folder: Path
