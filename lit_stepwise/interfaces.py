@@ -194,6 +194,10 @@ class TaskData(Protocol):
     def tasks(self) -> Sequence[Task]:
         """Every task that the running stage may play."""
 
+    @property
+    def iteration(self) -> int:
+        """The one being trained, from 0."""
+
     def ensure_iteration(self) -> None:
         """Collect a new iteration when the last one is used up."""
 

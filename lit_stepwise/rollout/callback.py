@@ -100,7 +100,12 @@ class RolloutCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Runs before ModelCheckpoint, which Lightning keeps last, so that a checkpoint holds the new cursor."""
-        _data(trainer).advance()
+        data = _data(trainer)
+        data.advance()
+        # Lightning does not count the epoch in which a run resumes as started, so that after a second resume it would
+        # take the last epoch for one still to come and train an iteration too many
+        for progress in (trainer.fit_loop.epoch_progress.total, trainer.fit_loop.epoch_progress.current):
+            progress.ready = progress.started = data.iteration + 1  # type: ignore[attr-defined]
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Free the engine and the environment's workers."""

@@ -114,6 +114,11 @@ class TaskDataModule(pl.LightningDataModule):
         """Every task that the running stage may play."""
         return [task for split in self._in_use for task in self._read[split]]
 
+    @property
+    def iteration(self) -> int:
+        """The one being trained, from 0."""
+        return self.experience.iteration
+
     def ensure_iteration(self) -> None:
         """Collect a new iteration when the last one is used up."""
         self.experience.ensure(self._collect)

@@ -49,23 +49,40 @@ def killed_before(step: int, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_that_a_killed_run_ends_like_one_left_alone(
-    step: int, config: dict[str, Any], run: Any, folder: Path, *words: str
+    steps: tuple[int, ...], config: dict[str, Any], run: Any, folder: Path, *words: str
 ) -> None:
     (folder / "kill_before.py").write_text(KILL)
     config["trainer"]["default_root_dir"] = "runs"
     assert run("fit", config, *words, "--trainer.default_root_dir", "alone").returncode == 0
-    assert run("fit", killed_before(step, config), *words).returncode == -9
+    for step in steps:
+        assert run("fit", killed_before(step, config), *words, "--ckpt_path", "last").returncode == -9
     resumed = run("fit", config, *words, "--ckpt_path", "last")
     assert resumed.returncode == 0, resumed.stderr
     assert outcome(folder / "runs") == outcome(folder / "alone")
     assert outcome(folder / "runs")[0] == 6
 
 
-@pytest.mark.parametrize("step", [2, 3], ids=["at an iteration boundary", "in the middle of an iteration"])
+WHEN = {
+    "at an iteration boundary": (2,),
+    "in the middle of an iteration": (3,),
+    "at one boundary after the other": (2, 4),
+}
+
+
+@pytest.mark.parametrize("steps", WHEN.values(), ids=WHEN)
 def test_a_run_killed_and_resumed_ends_like_one_that_was_left_alone(
-    step: int, countdown: dict[str, Any], run: Any, tmp_path: Path
+    steps: tuple[int, ...], countdown: dict[str, Any], run: Any, tmp_path: Path
 ) -> None:
-    check_that_a_killed_run_ends_like_one_left_alone(step, countdown, run, tmp_path)
+    check_that_a_killed_run_ends_like_one_left_alone(steps, countdown, run, tmp_path)
+
+
+def test_resuming_a_run_that_has_ended_trains_nothing_more(countdown: dict[str, Any], run: Any, tmp_path: Path) -> None:
+    for _ in range(3):
+        assert run("fit", countdown, "--trainer.max_epochs", "2", "--ckpt_path", "last").returncode == 0
+    ends = [
+        torch.load(path, weights_only=True)["global_step"] for path in tmp_path.glob("runs/*/checkpoints/last.ckpt")
+    ]
+    assert set(ends) == {4}
 
 
 @pytest.mark.vllm
@@ -75,7 +92,7 @@ def test_the_tiny_run_on_vllm_and_sqlite_does_so_too(run: Any, tmp_path: Path) -
     config["model"]["model_path"] = str(ROOT / "models" / "tiny-sql")
     words = ("--rollout.engine", "VLLMEngine", "--rollout.samples_per_task", "4", "--data.tasks_per_iteration", "6")
     check_that_a_killed_run_ends_like_one_left_alone(
-        3, config, run, tmp_path, *words, "--data.mini_batches", "2", "--trainer.max_epochs", "3"
+        (3,), config, run, tmp_path, *words, "--data.mini_batches", "2", "--trainer.max_epochs", "3"
     )
 
 
