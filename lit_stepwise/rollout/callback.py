@@ -156,36 +156,26 @@ class RolloutCallback(pl.Callback):
 
     def collect(self, iteration: int, tasks: Sequence[Task]) -> list[StepSample]:
         """Play ``tasks``, ``samples_per_task`` attempts each, on all ranks; the step samples of all ranks."""
-        rollout = self._play(tasks, self.samples_per_task, self.sampling, "train", iteration)
-        trajectories = self.live.collector.gather(rollout.trajectories)
+        _, trajectories = self._play(tasks, self.samples_per_task, self.sampling, "train", iteration)
         if all(trajectory.failed for trajectory in trajectories):
             raise StepwiseError(
                 f"all {len(trajectories)} trajectories of iteration {iteration} failed, the first with "
                 f"'{trajectories[0].failure}'; mend the environment, then resume with --ckpt_path last"
             )
         advantages = assign_credit(trajectories, self.advantage)
-        if self.live.collector.fabric.is_global_zero:
-            self.live.store.write(f"train-{iteration:06d}", trajectories, advantages)
+        self._keep(f"train-{iteration:06d}", trajectories, advantages)
         return step_samples(trajectories, advantages)
 
     def evaluate(self, tasks: Sequence[Task]) -> Rollout:
         """Play ``tasks`` once each at ``evaluation_temperature``; what this rank played."""
-        sampling = replace(self.sampling, temperature=self.evaluation_temperature)
-        rollout = self._play(tasks, 1, sampling, "evaluate", -1)
-        trajectories = self.live.collector.gather(rollout.trajectories)
-        if self.live.collector.fabric.is_global_zero:
-            self.live.store.write(f"evaluate-step{rollout.policy_version:06d}", trajectories)
-        return rollout
+        return self._evaluate(tasks)[0]
 
     def play(self, tasks: Sequence[Task], samples_per_task: int) -> list[Trajectory]:
         """Play ``tasks`` and store all ranks' trajectories: one sample as ``evaluate`` does, more as ``collect``."""
         if samples_per_task == 1:
-            rollout = self.evaluate(tasks)
-        else:
-            rollout = self._play(tasks, samples_per_task, self.sampling, "train", 0)
-        trajectories = self.live.collector.gather(rollout.trajectories)
-        if samples_per_task > 1 and self.live.collector.fabric.is_global_zero:
-            self.live.store.write("play", trajectories, assign_credit(trajectories, self.advantage))
+            return self._evaluate(tasks)[1]
+        _, trajectories = self._play(tasks, samples_per_task, self.sampling, "train", 0)
+        self._keep("play", trajectories, assign_credit(trajectories, self.advantage))
         return trajectories
 
     def close(self) -> None:
@@ -202,6 +192,12 @@ class RolloutCallback(pl.Callback):
             raise StepwiseError("the RolloutCallback is not attached; use it in a Trainer, or call attach() first")
         return self._live
 
+    def _evaluate(self, tasks: Sequence[Task]) -> tuple[Rollout, list[Trajectory]]:
+        sampling = replace(self.sampling, temperature=self.evaluation_temperature)
+        rollout, trajectories = self._play(tasks, 1, sampling, "evaluate", -1)
+        self._keep(f"evaluate-step{rollout.policy_version:06d}", trajectories)
+        return rollout, trajectories
+
     def _play(
         self,
         tasks: Sequence[Task],
@@ -209,10 +205,19 @@ class RolloutCallback(pl.Callback):
         sampling: Sampling,
         stage: Literal["train", "evaluate"],
         iteration: int,
-    ) -> Rollout:
-        return self.live.collector.play(
-            tasks, samples_per_task, sampling, stage=stage, iteration=iteration, sync_seconds=self._sync()
+    ) -> tuple[Rollout, list[Trajectory]]:
+        """What this rank played, and the trajectories of all ranks."""
+        collector, seconds = self.live.collector, self._sync()
+        rollout = collector.play(
+            tasks, samples_per_task, sampling, stage=stage, iteration=iteration, sync_seconds=seconds
         )
+        return rollout, collector.gather(rollout.trajectories)
+
+    def _keep(
+        self, name: str, trajectories: Sequence[Trajectory], advantages: Sequence[Sequence[float]] | None = None
+    ) -> None:
+        if self.live.collector.fabric.is_global_zero:
+            self.live.store.write(name, trajectories, advantages)
 
     def _sync(self) -> float:
         """Give the engine the weights it lacks; the seconds it took."""
