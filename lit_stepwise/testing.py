@@ -55,6 +55,18 @@ def _byte_tokenizer() -> Any:
     return chat_tokenizer(tokenizer)
 
 
+def exact_logprobs(
+    model: Any, prompt_ids: Sequence[int], response_ids: Sequence[int], temperature: float = 1.0
+) -> Tensor:
+    """[R, V] What any engine must report: processed logprobs of one full forward pass over the exact ids, uncached."""
+    import torch
+
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt_ids, *response_ids]]), use_cache=False).logits
+    scaled: Tensor = logits[0, len(prompt_ids) - 1 : -1] / temperature
+    return scaled.log_softmax(-1)
+
+
 class ScriptedEngine(Engine):
     """Answers with ``script(request)``: the response ids. Finishes the oldest ``batch`` requests per step.
 

@@ -12,6 +12,8 @@ import pytest
 import torch
 import yaml
 
+from lit_stepwise.testing import exact_logprobs
+
 ROOT = Path(__file__).parent.parent.parent
 QUESTIONS = ROOT.parent / "shared" / "data" / "text2sql" / "questions.jsonl"
 
@@ -62,11 +64,9 @@ def test_after_each_update_vllm_speaks_with_the_trainers_weights(
     gaps, same = [], []
     for line in (folder / "trajectories/evaluate-step000002.jsonl").read_text().splitlines()[:40]:
         for turn in json.loads(line)["turns"]:
-            ids, first = torch.tensor([turn["prompt_ids"] + turn["response_ids"]]), len(turn["prompt_ids"])
-            with torch.no_grad():
-                logprobs = model(input_ids=ids).logits[0, first - 1 : -1].log_softmax(-1)
+            logprobs = exact_logprobs(model, turn["prompt_ids"], turn["response_ids"])
             same += [logprobs.argmax(-1).tolist() == turn["response_ids"]]
-            chosen = logprobs.gather(-1, ids[0, first:, None])[:, 0]
+            chosen = logprobs.gather(-1, torch.tensor(turn["response_ids"])[:, None])[:, 0]
             gaps += (chosen - torch.tensor(turn["rollout_logprobs"])).abs().tolist()
     assert all(same)
     assert len(same) >= 40

@@ -13,7 +13,7 @@ from lit_stepwise.engines.rows import row_dtype
 from lit_stepwise.engines.sampling import Ends, sample
 from lit_stepwise.engines.transformers import TransformersEngine
 from lit_stepwise.errors import ConfigError, EngineError
-from lit_stepwise.testing import save_tiny_model
+from lit_stepwise.testing import exact_logprobs, save_tiny_model
 from lit_stepwise.types import Completion, Request, Sampling
 
 MAX_CONTEXT = 160
@@ -57,15 +57,8 @@ def play(engine: TransformersEngine, requests: list[Request]) -> dict[str, Compl
     return {completion.request_id: completion for completion in done}
 
 
-def recomputed(model: Any, prompt: list[int], response: Any, temperature: float = 1.0) -> Tensor:
-    """[R, V] Processed logprobs of a full forward pass over the exact ids, without any cache."""
-    with torch.no_grad():
-        logits = model(torch.tensor([[*prompt, *response]]), use_cache=False).logits[0, len(prompt) - 1 : -1]
-    return (logits / temperature).log_softmax(-1)
-
-
 def assert_exact(model: Any, prompt: list[int], completion: Completion, temperature: float = 1.0) -> None:
-    table = recomputed(model, prompt, completion.response_ids, temperature)
+    table = exact_logprobs(model, prompt, completion.response_ids, temperature)
     expected = table.gather(1, torch.tensor(completion.response_ids)[:, None])[:, 0]
     torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-5, rtol=0)
 
@@ -126,7 +119,7 @@ def test_tokens_are_drawn_as_often_as_the_distribution_says(engine: Transformers
     prompt, count = PROMPTS[2], 3000
     done = play(engine, [request(i, prompt, new=1, seed=i, temperature=1.3) for i in range(count)])
     drawn = torch.bincount(torch.tensor([each.response_ids[0] for each in done.values()]), minlength=267) / count
-    expected = recomputed(model, prompt, [0], 1.3)[0].exp()
+    expected = exact_logprobs(model, prompt, [0], 1.3)[0].exp()
     assert (drawn - expected).abs().max() < 0.03  # four standard deviations of the likeliest token
     assert expected.max() > 0.05
 
@@ -140,14 +133,14 @@ def test_temperature_zero_is_greedy_with_the_logprobs_of_temperature_one(
 ) -> None:
     mixed = [request(0, PROMPTS[1], temperature=0, top_p=0.3), request(1, PROMPTS[2], temperature=0.5, top_p=0.9)]
     completion = play(engine, mixed)["0"]
-    table = recomputed(model, PROMPTS[1], completion.response_ids)
+    table = exact_logprobs(model, PROMPTS[1], completion.response_ids)
     assert list(completion.response_ids) == table.argmax(-1).tolist()
     assert completion.logprobs == pytest.approx(table.max(-1).values.tolist(), abs=1e-5)
 
 
 def test_top_p_renormalises_what_it_keeps(engine: TransformersEngine, model: Any) -> None:
     completion = play(engine, [request(0, PROMPTS[1], new=30, temperature=1.2, top_p=0.6)])["0"]
-    table = recomputed(model, PROMPTS[1], completion.response_ids, 1.2)
+    table = exact_logprobs(model, PROMPTS[1], completion.response_ids, 1.2)
     for row, token, logprob in zip(table, completion.response_ids, completion.logprobs, strict=True):
         order = row.argsort(descending=True).tolist()
         kept = next(count for count in range(1, 268) if row[order[:count]].exp().sum() >= 0.6)

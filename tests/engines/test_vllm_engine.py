@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_stepwise.engines.vllm import VLLMEngine
 from lit_stepwise.errors import EngineError
-from lit_stepwise.testing import save_tiny_model
+from lit_stepwise.testing import exact_logprobs, save_tiny_model
 from lit_stepwise.types import Completion, Request, Sampling
 
 pytestmark = [
@@ -106,15 +106,8 @@ def play(engine: VLLMEngine, prompts: list[list[int]], new: int = 12, **sampling
     return sorted(done, key=lambda completion: int(completion.request_id))
 
 
-def recomputed(model: Any, prompt: list[int], response: Any, temperature: float = 1.0) -> Tensor:
-    """[R, V] Processed logprobs of a full forward pass over the exact ids."""
-    with torch.no_grad():
-        logits = model(torch.tensor([[*prompt, *response]]), use_cache=False).logits[0, len(prompt) - 1 : -1]
-    return (logits / temperature).log_softmax(-1)
-
-
 def assert_exact(model: Any, prompt: list[int], completion: Completion, temperature: float = 1.0) -> None:
-    table = recomputed(model, prompt, completion.response_ids, temperature)
+    table = exact_logprobs(model, prompt, completion.response_ids, temperature)
     expected = table.gather(1, torch.tensor(completion.response_ids)[:, None])[:, 0]
     torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=5e-5, rtol=0)
 
@@ -136,7 +129,10 @@ def test_greedy_tokens_and_logprobs_are_those_of_the_loaded_weights(
     done = play(engine, prompts, temperature=0)
     for prompt, completion in zip(prompts, done, strict=True):
         assert_exact(trained, prompt, completion)  # the model is tied: embedding and head are both new
-        assert list(completion.response_ids) == recomputed(trained, prompt, completion.response_ids).argmax(-1).tolist()
+        assert (
+            list(completion.response_ids)
+            == exact_logprobs(trained, prompt, completion.response_ids).argmax(-1).tolist()
+        )
         assert completion.policy_version == engine.policy_version == 17
 
 
@@ -144,7 +140,7 @@ def test_logprobs_are_processed(engine: VLLMEngine, trained: Any, prompts: list[
     for prompt, completion in zip(prompts, play(engine, prompts, temperature=0.7), strict=True):
         assert_exact(trained, prompt, completion, temperature=0.7)
     completion = play(engine, prompts[:1], temperature=1.2, top_p=0.6)[0]
-    table = recomputed(trained, prompts[0], completion.response_ids, 1.2)
+    table = exact_logprobs(trained, prompts[0], completion.response_ids, 1.2)
     for row, token, logprob in zip(table, completion.response_ids, completion.logprobs, strict=True):
         order = row.argsort(descending=True).tolist()
         kept = next(count for count in range(1, 268) if row[order[:count]].exp().sum() >= 0.6)
