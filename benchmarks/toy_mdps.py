@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from lit_stepwise.interfaces import Advantage
-from lit_stepwise.types import Feedback, StopReason, Trajectory, Turn
+from lit_stepwise.types import Feedback, StopReason, Trajectory, Turn, VersionSpan
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def attempts_at(mdp: ToyMDP, key: Callable[[str, int], str] = lambda state, turn
                 over = effect.state is None or len(turns) + 1 == mdp.max_turns
                 left_behind = None if effect.state is None else key(effect.state, len(turns) + 1)
                 feedback = Feedback("", {"reward": effect.reward}, done=over, state_key=left_behind)
-                so_far = [*turns, Turn([1], [2], [-0.5], 0, action, feedback)]
+                so_far = [*turns, Turn([1], [2], [-0.5], [VersionSpan(0, 1)], action, feedback)]
                 gradients = [*scores, score(state, action)]
                 chance = probability * policy[state][action] * effect.probability
                 if over:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 COMMANDS = {
     "fit": "train: play, give credit, update, sync, play again",
@@ -13,6 +13,7 @@ COMMANDS = {
     "test": "the same with the test tasks",
     "predict": "the same without metrics",
     "play": "play tasks and write the trajectories, without a Trainer",
+    "serve": "start a vLLM server for rollout.engine VLLMServerEngine",
     "data": "see what tasks need, check their gold statements, convert them to DuckDB",
     "warmup": "make a tiny model that knows the text-to-SQL protocol",
 }
@@ -48,6 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(words)
     except StepwiseError as error:
         return _fail(str(error), 1)
+    except ValueError as error:
+        if isinstance(error.__cause__, StepwiseError):  # jsonargparse wraps what an optional setting's class says
+            return _fail(str(error.__cause__), 1)
+        raise
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
 
 
 def _run(words: list[str]) -> int:
@@ -56,11 +63,13 @@ def _run(words: list[str]) -> int:
 
         return run_data(words[1:])
     if words[0] == "warmup":
-        from jsonargparse import auto_cli
-
         from lit_stepwise.warmup import warmup
 
-        auto_cli(warmup, args=words[1:], as_positional=False)
+        _call(warmup, words[1:])
+    elif words[0] == "serve":
+        from lit_stepwise.serve import serve
+
+        _call(serve, words[1:])
     else:
         gc.disable()  # imports leave no garbage, and looking for it takes a tenth of the start
         from lit_stepwise.commands import run
@@ -68,6 +77,13 @@ def _run(words: list[str]) -> int:
         gc.enable()
         run(words)
     return 0
+
+
+def _call(command: Callable[..., None], words: list[str]) -> None:
+    """Its parameters are its options."""
+    from jsonargparse import auto_cli
+
+    auto_cli(command, args=words, as_positional=False)
 
 
 def _prepare_process() -> None:

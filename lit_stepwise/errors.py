@@ -3,7 +3,8 @@
 StepwiseError
 ├── ConfigError (also ValueError)      a setting that can never work: said before any time is spent
 ├── DataError (also ValueError)        a file of tasks that cannot be read: said with file and line
-└── EngineError (also RuntimeError)    the inference engine failed, or no longer agrees with the trainer
+└── EngineError (also RuntimeError)    the inference engine failed
+    └── MismatchError                  it answers, but not as the policy that is trained
 
 A wrong SQL statement is no error at all: it is a ``QueryResult`` and becomes the environment's next message.
 """
@@ -24,4 +25,8 @@ class DataError(StepwiseError, ValueError):
 
 
 class EngineError(StepwiseError, RuntimeError):
-    """The engine failed, or its logprobs left the trainer's."""
+    """The engine failed. Closed and started again, it may work."""
+
+
+class MismatchError(EngineError):
+    """The engine's logprobs left the trainer's; starting it again would not help."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from lit_stepwise.types import (
+    Adapter,
     Completion,
     Feedback,
     LossOutput,
@@ -123,24 +124,47 @@ class Reward(ABC):
 class Engine(ABC):
     """Samples responses, many at a time. Built from YAML with settings only; ``start`` makes it live.
 
-    Used as: ``start`` once; then per phase of play ``load_weights`` (when they changed), ``begin_phase``, and
-    ``submit``/``step`` until nothing is pending.
+    Used as: ``start`` once; then per phase of play ``load_weights`` or ``load_adapter`` (when they changed),
+    ``begin_phase``, ``submit``/``step``/``abort`` until nothing is pending, ``end_phase``. Never by two threads at a
+    time, but not always by the same one.
+
+    Whatever keeps it from answering is an ``EngineError``. It has to be closed then, and may be started again.
     """
 
+    tensor_parallel_size: int = 1
+    """Ranks that one engine spans. The first of them leads and plays; the others ``follow`` it."""
+    takes_adapters: bool = False
+    """Whether ``load_adapter`` works; else an adapter comes merged into the weights."""
+
     @abstractmethod
-    def start(self, model_path: str, max_context_tokens: int) -> None:
+    def start(self, model_path: str, max_context_tokens: int, adapter_rank: int = 0) -> None:
         """Load the Hugging Face model at ``model_path``. Raises ``EngineError`` when it cannot run here.
 
-        Leaves the global state of torch (generators, threads, environment variables) as it was.
+        Leaves the global state of torch (generators, threads, environment variables) as it was. ``adapter_rank`` is
+        that of the adapters to come; 0: none will.
         """
 
     @abstractmethod
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
-        """Take new weights by Hugging Face name, one tensor at a time. Nothing may be pending."""
+        """Take new weights by Hugging Face name, one tensor at a time, and wake up if it was asleep.
+
+        Nothing that older weights computed is used any more: requests that are pending go on from the tokens they
+        have, computed anew. Ranks call it together.
+        """
+
+    def load_adapter(self, adapter: Adapter, policy_version: int) -> None:
+        """The same for an adapter on weights that were loaded; only with ``takes_adapters``."""
+        raise NotImplementedError
 
     @abstractmethod
     def begin_phase(self, seed: int) -> None:
         """Start a phase of play whose random choices follow ``seed`` alone: nothing cached, nothing pending."""
+
+    def end_phase(self) -> None:
+        """The phase is over, be it by an error: give up what is pending, and let those go who ``follow``."""
+
+    def follow(self) -> None:
+        """On a rank that does not lead, after ``begin_phase``: do as the leader does until its ``end_phase``."""
 
     @abstractmethod
     def submit(self, request: Request) -> None:
@@ -148,7 +172,20 @@ class Engine(ABC):
 
     @abstractmethod
     def step(self) -> list[Completion]:
-        """Advance all requests by at least one token; those that finished, in a reproducible order."""
+        """Advance all requests by at least one token, or wait a few milliseconds for others to do so.
+
+        Returns those that finished, in a reproducible order if the engine is in this process.
+        """
+
+    @abstractmethod
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """Give these requests up; nothing comes of them any more. One that is not pending is passed over."""
+
+    def sleep(self) -> None:
+        """Lend the accelerator's memory to the trainer, where that is worth it; nothing is pending.
+
+        What was lent is gone: ``policy_version`` is -1 then, and ``load_weights`` wakes it.
+        """
 
     @property
     @abstractmethod
@@ -158,7 +195,7 @@ class Engine(ABC):
     @property
     @abstractmethod
     def policy_version(self) -> int:
-        """``global_step`` of the weights it samples from; -1 until the first ``load_weights``."""
+        """``global_step`` of the weights it samples from; -1 when it has none, as before the first ``load_weights``."""
 
     @property
     @abstractmethod
@@ -167,7 +204,7 @@ class Engine(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Give memory and processes back. Idempotent."""
+        """Give memory and processes back. Idempotent; works on an engine that died or never started."""
 
 
 class Advantage(ABC):
@@ -201,26 +238,42 @@ class PolicyLoss(ABC):
 class Player(Protocol):
     """What the ``RolloutCallback`` offers to the data module: trajectories on demand."""
 
-    def collect(self, iteration: int, tasks: Sequence[Task], further: Iterator[Task]) -> list[StepSample]:
-        """Play ``tasks`` with exploration on all ranks; the step samples of all ranks, equal on every rank.
-
-        ``further`` are tasks to play besides, where filters leave groups out.
-        """
+    def collect(self, iteration: int) -> list[StepSample]:
+        """Play the tasks of ``iteration`` with exploration on all ranks; the step samples of all, equal on each."""
 
     def evaluate(self, tasks: Sequence[Task]) -> Rollout:
-        """Play ``tasks`` once each, greedily unless told otherwise; what this rank played."""
+        """Play ``tasks`` as ``rollout.evaluation`` says; what this rank played."""
 
 
 class Policy(Protocol):
     """What the Lightning module offers to the ``RolloutCallback``."""
 
     model_path: str
+    adapter_rank: int
+    """Of the adapter that is trained; 0: the weights themselves are."""
+    staleness: int
+    """Set by the callback before anything is trained: iterations that play may run ahead of training."""
 
-    def weights(self) -> Iterable[tuple[str, Tensor]]:
-        """(Hugging Face name, full tensor), lazily and in the same order on every rank."""
+    def weights(self, merged: bool = True) -> Iterable[tuple[str, Tensor]]:
+        """(Hugging Face name, full tensor), lazily and in the same order on every rank.
 
-    def score(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Tensor:
-        """[R] Log-probabilities of the response at temperature 1, without gradient."""
+        ``merged``: with the adapter in them, where there is one; else those it stands on.
+        """
+
+    def adapter(self) -> Adapter:
+        """The adapter; only where ``adapter_rank`` is not 0. Every rank calls it together."""
+
+    def score(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """[R] Log-probabilities of the response at temperature 1 and [R] of the likeliest token in each place.
+
+        Without gradient. Every rank calls it together.
+        """
+
+    def logprob_gap(self) -> float:
+        """Mean absolute difference of engine and trainer, in nats, on the tokens of the optimizer step that is due.
+
+        Every rank calls it together, between the backward passes and the step.
+        """
 
     def reference_penalties(self, turns: Sequence[Turn], temperature: float) -> list[float] | None:
         """What leaving the reference costs each of this rank's turns, to be taken from its reward; None: nothing does.
@@ -240,6 +293,12 @@ class TaskData(Protocol):
 
     def keep(self, tasks: Sequence[Task]) -> None:
         """Play these from now on, and none of the others."""
+
+    def tasks_for(self, iteration: int) -> Sequence[Task]:
+        """Those of ``iteration``."""
+
+    def further_tasks(self, iteration: int) -> Iterator[Task]:
+        """Tasks to play besides, where filters leave groups out."""
 
     @property
     def iteration(self) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_stepwise.interfaces import Engine, Environment, Episode, TaskSource
 from lit_stepwise.tiny_models import SPECIAL_TOKENS, chat_tokenizer, qwen3_config
-from lit_stepwise.types import Completion, Feedback, Message, Request, Task
+from lit_stepwise.types import Completion, Feedback, Message, Request, Task, VersionSpan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,7 +83,7 @@ class ScriptedEngine(Engine):
         self._pending: deque[Request] = deque()
         self._version = -1
 
-    def start(self, model_path: str, max_context_tokens: int) -> None:
+    def start(self, model_path: str, max_context_tokens: int, adapter_rank: int = 0) -> None:
         """Nothing to load."""
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
@@ -106,7 +106,13 @@ class ScriptedEngine(Engine):
 
     def _answer(self, request: Request) -> Completion:
         ids = list(self.script(request))[: request.max_new_tokens]
-        return Completion(request.request_id, ids, [self.logprob] * len(ids), "stop", self._version)
+        return Completion(
+            request.request_id, ids, [self.logprob] * len(ids), "stop", [VersionSpan(self._version, len(ids))]
+        )
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """Forget them."""
+        self._pending = deque(request for request in self._pending if request.request_id not in request_ids)
 
     @property
     def num_pending(self) -> int:

@@ -36,7 +36,7 @@ class StepwiseTrainer(pl.Trainer):
             model: gives the weights.
             datamodule: gives the tasks.
             split: which files.
-            samples_per_task: 1 plays at ``rollout.evaluation_temperature``, more with ``rollout.sampling``.
+            samples_per_task: 1 plays as ``rollout.evaluation`` says, more with ``rollout.sampling``.
             max_tasks: the first so many only.
             output: a folder; files of an earlier play are never written over.
             ckpt_path: weights of a Lightning checkpoint instead of ``model.model_path``.

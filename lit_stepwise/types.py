@@ -9,8 +9,8 @@ micro-batch.  All token ids are those the engine read and sampled; nothing that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -88,6 +88,63 @@ class Limits:
             )
 
 
+@dataclass(frozen=True)  # no slots: jsonargparse reads the defaults from __dict__
+class Deadlines:
+    """How long play may take. What runs out fails, is masked and counted, and the others go on; null never runs out.
+
+    The deadline of a query is the executor's (``rollout.environment.executor``).
+    """
+
+    turn_seconds: float | None = 900.0
+    """From the request for a response to the environment's answer; waiting for the engine counts, for a thread not."""
+    trajectory_seconds: float | None = 3600.0
+    """From the start to the end of a trajectory, waiting included."""
+    phase_seconds: float | None = None
+    """All of a phase of play; trajectories that are unfinished then have failed."""
+    heartbeat_seconds: float | None = 300.0
+    """With no sign of life for so long, the stacks of all threads go to stderr, once until there is another."""
+
+    def __post_init__(self) -> None:
+        for name in ("turn_seconds", "trajectory_seconds", "phase_seconds", "heartbeat_seconds"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"rollout.deadlines.{name}={value} has run out at once; use null for no deadline")
+
+
+@dataclass(frozen=True)  # no slots: jsonargparse reads the defaults from __dict__
+class Evaluation:
+    """How validation, test and prediction play; stop strings and ``top_p`` are those of training unless given."""
+
+    greedy: bool = True
+    """One greedy attempt at each task: the accuracy."""
+    samples_per_task: int = 0
+    """Attempts drawn at random besides, for pass@k with k = 1, 2, 4 ... and this number."""
+    temperature: float = 1.0
+    """Of those."""
+    top_p: float | None = None
+    """Of those; null takes ``rollout.sampling.top_p``."""
+
+    def __post_init__(self) -> None:
+        if self.samples_per_task < 0 or (not self.greedy and self.samples_per_task == 0):
+            raise ConfigError(
+                f"rollout.evaluation.samples_per_task={self.samples_per_task} with greedy={self.greedy} plays nothing; "
+                "use greedy: true, or 1 sample or more"
+            )
+        if self.samples_per_task and not self.temperature > 0:
+            raise ConfigError(
+                f"rollout.evaluation.temperature={self.temperature} draws the same response every time; use e.g. 1.0, "
+                "or samples_per_task: 0 for greedy play alone"
+            )
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"rollout.evaluation.top_p={self.top_p} is outside (0, 1]; 1 samples from all tokens")
+
+    def samplings(self, training: Sampling) -> list[Sampling]:
+        """That of every attempt at a task, in the order of ``Trajectory.sample``."""
+        top_p = training.top_p if self.top_p is None else self.top_p
+        drawn = replace(training, temperature=self.temperature, top_p=top_p)
+        return [replace(training, temperature=0.0)] * self.greedy + [drawn] * self.samples_per_task
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One response wanted from the engine."""
@@ -100,12 +157,23 @@ class Request:
     sampling: Sampling
     seed: int
     """A function of (seed, iteration, task, sample, turn); an engine that can, draws this response from it alone."""
+    session: str = ""
+    """Requests whose prompts begin alike have the same one, so that one cache can serve them all."""
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
             raise ValueError(f"request {self.request_id} has an empty prompt")
         if self.max_new_tokens < 1:
             raise ValueError(f"request {self.request_id} asks for max_new_tokens={self.max_new_tokens}; use 1 or more")
+
+
+@dataclass(frozen=True, slots=True)
+class VersionSpan:
+    """Tokens of a response, one after the other, that the same weights sampled."""
+
+    policy_version: int
+    """``global_step`` of those weights."""
+    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +187,14 @@ class Completion:
     """[R] Processed log-probability of each sampled token: after temperature and truncation."""
     finish_reason: Literal["stop", "length"]
     """``stop``: a stop string or the end-of-turn token; ``length``: a token budget ran out."""
-    policy_version: int
-    """``global_step`` of the weights that sampled."""
+    versions: Sequence[VersionSpan]
+    """Of all its tokens in order; more than one where weights came in while it was sampled."""
     num_cached_tokens: int = 0
     """Prompt tokens that came out of the prefix cache."""
 
     def __post_init__(self) -> None:
         _same_length("response_ids", self.response_ids, "logprobs", self.logprobs)
+        _cover(self.versions, self.response_ids)
 
 
 class StopReason(str, Enum):
@@ -187,8 +256,8 @@ class Turn:
     """[R] The tokens the engine sampled."""
     rollout_logprobs: Sequence[float]
     """[R] Log-probability of each response token under the weights that sampled it."""
-    policy_version: int
-    """``global_step`` of those weights."""
+    versions: Sequence[VersionSpan]
+    """Of all response tokens in order; more than one where weights came in while it was sampled."""
     text: str
     """The response as the environment read it."""
     feedback: Feedback
@@ -199,8 +268,14 @@ class Turn:
 
     def __post_init__(self) -> None:
         _same_length("response_ids", self.response_ids, "rollout_logprobs", self.rollout_logprobs)
+        _cover(self.versions, self.response_ids)
         if self.token_rewards:
             _same_length("response_ids", self.response_ids, "token_rewards", self.token_rewards)
+
+    @property
+    def policy_version(self) -> int:
+        """``global_step`` of the oldest weights that sampled any of it."""
+        return min(span.policy_version for span in self.versions)
 
     @property
     def reward(self) -> float:
@@ -270,15 +345,32 @@ class Rollout:
     """Wall time of the weight sync before this phase; 0 when the engine was up to date."""
     play_seconds: float = 0.0
     """Wall time of the whole phase without the sync."""
+    wait_seconds: float = 0.0
+    """Wall time in which the trainer had nothing to do but wait for this phase; all of it unless play runs ahead."""
+    cycle_seconds: float = 0.0
+    """Wall time from the moment that the iteration before was handed to the trainer; 0 for the first and in
+    evaluation."""
     num_cached_tokens: int = 0
     """Prompt tokens that came out of the engine's prefix cache."""
     environment_stats: Mapping[str, float] = field(default_factory=dict)
     """What ``Environment.stats`` grew by in this phase."""
+    engine_failure: str = ""
+    """What ended the engine, and with it the phase; empty when nothing did."""
 
     @property
     def num_generated_tokens(self) -> int:
         """Every token sampled, those of failed trajectories too."""
         return sum(len(turn.response_ids) for trajectory in self.trajectories for turn in trajectory.turns)
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A low-rank adapter on frozen weights, as PEFT saves one."""
+
+    config: Mapping[str, Any]
+    """What PEFT writes to ``adapter_config.json``."""
+    weights: Iterable[tuple[str, Tensor]]
+    """By the names of ``adapter_model.safetensors``, lazily and in the same order on every rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,6 +400,7 @@ class StepSample:
     turn: int
     """0-based, of the first turn of this row."""
     policy_version: int
+    """``global_step`` of the oldest weights that sampled any of it."""
     temperature: float = 1.0
     """Of the sampling; the trainer divides its logits by the same number."""
     old_logprobs: Sequence[float] = ()
@@ -446,3 +539,8 @@ def _same_length(name: str, values: Sequence[Any], other: str, others: Sequence[
         raise ValueError(
             f"{len(values)} {name} but {len(others)} {other}; ask the engine for exactly one logprob per sampled token"
         )
+
+
+def _cover(versions: Sequence[VersionSpan], response_ids: Sequence[int]) -> None:
+    if sum(span.num_tokens for span in versions) != len(response_ids):
+        raise ValueError(f"the spans {versions} do not cover {len(response_ids)} response_ids; say of each token which")

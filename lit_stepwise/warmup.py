@@ -186,7 +186,7 @@ def _encode(renderer: ChatRenderer, trace: _Trace) -> _Example:
         response_ids = renderer.tokenizer(response, add_special_tokens=False)["input_ids"]
         token_ids = [*prompt_ids, *response_ids]
         is_response += [False] * (len(prompt_ids) - len(is_response)) + [True] * len(response_ids)
-        prompt_ids = renderer.next_prompt(prompt_ids, response_ids, observation)
+        prompt_ids = renderer.append(prompt_ids, response_ids, observation)
     return _Example(token_ids, is_response)
 
 
@@ -254,7 +254,7 @@ def _accuracies(
     """Solved and played tasks by number of look-ups, played greedily."""
     engine = TransformersEngine(device="cpu")
     engine.start(model_path, _LIMITS.max_context_tokens)
-    attempts = [Attempt(task, group, 0, (0,)) for group, task in enumerate(tasks)]
+    attempts = [Attempt(task, group, 0, (0,), Sampling(temperature=0.0)) for group, task in enumerate(tasks)]
     with closing(engine):
         engine.begin_phase(0)
         AgentLoop(
@@ -262,7 +262,6 @@ def _accuracies(
             environment=environment,
             renderer=renderer,
             limits=_LIMITS,
-            sampling=Sampling(temperature=0.0),
             deterministic=True,
             num_threads=2,
         ).play(attempts)
@@ -272,7 +271,7 @@ def _accuracies(
         assert isinstance(attempt.task, SQLTask)
         grade = attempt.task.num_lookups or 0
         played[grade] += 1
-        solved[grade] += attempt.trajectory(0.0).success
+        solved[grade] += attempt.trajectory().success
     return {grade: (solved[grade], played[grade]) for grade in sorted(played)}
 
 

@@ -85,6 +85,27 @@ WRONG = {
         "ckpt_path='no.ckpt' does not exist; give a checkpoint",
     ),
     "too many mini-batches": (["--data.mini_batches", "3"], "data.mini_batches=3 .*use at most that many"),
+    "a deadline that has run out": (
+        ["--rollout.deadlines.turn_seconds", "0"],
+        "rollout.deadlines.turn_seconds=0.* has run out at once; use null for no deadline",
+    ),
+    "play ahead in a fixed order": (["--rollout.staleness", "1"], "staleness=1 .* use deterministic: false, or"),
+    "a wrong value of an optional class": (
+        ["--model.correction.token_cap", "0.5"],
+        "correction.token_cap=0.5 is below 1",
+    ),
+    "more context than the model has": (
+        ["--rollout.limits.max_context_tokens", "5000"],
+        "rollout.limits.max_context_tokens=5000 is more than the 2048 .*; use 2048 or less",
+    ),
+    "an engine over more ranks than there are": (
+        ["--rollout.engine", "VLLMEngine", "--rollout.engine.tensor_parallel_size", "2"],
+        "rollout.engine.tensor_parallel_size=2 does not divide the 1 ranks of the trainer; use one of 1,",
+    ),
+    "a server that is down": (
+        ["--rollout.engine", "VLLMServerEngine", "--rollout.engine.urls", "[http://127.0.0.1:9]"],
+        "http://127.0.0.1:9.*lit-stepwise serve",
+    ),
 }
 
 

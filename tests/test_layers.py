@@ -29,7 +29,8 @@ ALLOWED = {
     "warmup": {*SEAMS, "tiny_models", "rollout", "text2sql", "engines", "algo"},
     "commands": {*SEAMS, "algo", "engines", "text2sql", "rollout", "training", "trainer"},
     "data_commands": {*SEAMS, "text2sql"},
-    "cli": {"errors", "commands", "data_commands", "warmup"},
+    "serve": {*SEAMS, "engines"},
+    "cli": {"errors", "commands", "data_commands", "warmup", "serve"},
 }
 
 

@@ -3,5 +3,6 @@
 from lit_stepwise.engines.auto import AutoEngine
 from lit_stepwise.engines.transformers import TransformersEngine
 from lit_stepwise.engines.vllm import VLLMEngine
+from lit_stepwise.engines.vllm_server import VLLMServerEngine
 
-__all__ = ["AutoEngine", "TransformersEngine", "VLLMEngine"]
+__all__ = ["AutoEngine", "TransformersEngine", "VLLMEngine", "VLLMServerEngine"]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from lit_stepwise.engines.transformers import TransformersEngine
 from lit_stepwise.engines.vllm import VLLMEngine
 from lit_stepwise.errors import EngineError
 from lit_stepwise.interfaces import Engine
-from lit_stepwise.types import Completion, Request
+from lit_stepwise.types import Adapter, Completion, Request
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,13 +30,24 @@ class AutoEngine(Engine):
         self._chosen: Engine | None = None
         self._reason = ""
 
-    def start(self, model_path: str, max_context_tokens: int) -> None:
+    @property
+    def tensor_parallel_size(self) -> int:  # type: ignore[override]
+        """Of the engine that was chosen; before ``start`` of the one to try."""
+        return (self._chosen or self.first).tensor_parallel_size
+
+    @property
+    def takes_adapters(self) -> bool:  # type: ignore[override]
+        """Of the engine that was chosen; before ``start`` of the one to try."""
+        return (self._chosen or self.first).takes_adapters
+
+    def start(self, model_path: str, max_context_tokens: int, adapter_rank: int = 0) -> None:
         """Start the first that can. Raises ``EngineError`` when neither can."""
         self._chosen = None
         try:
-            self.first.start(model_path, max_context_tokens)
+            self.first.start(model_path, max_context_tokens, adapter_rank)
         except EngineError as error:
-            self.second.start(model_path, max_context_tokens)
+            self.first.close()
+            self.second.start(model_path, max_context_tokens, adapter_rank)
             self._chosen, self._reason = self.second, f" (because {' '.join(str(error).split())})"
         else:
             self._chosen, self._reason = self.first, ""
@@ -45,9 +56,22 @@ class AutoEngine(Engine):
         """Take new weights."""
         self._started.load_weights(weights, policy_version)
 
+    def load_adapter(self, adapter: Adapter, policy_version: int) -> None:
+        """Take a new adapter."""
+        self._started.load_adapter(adapter, policy_version)
+
     def begin_phase(self, seed: int) -> None:
         """Start a phase of play."""
         self._started.begin_phase(seed)
+
+    def end_phase(self) -> None:
+        """Give up what is pending."""
+        if self._chosen:
+            self._chosen.end_phase()
+
+    def follow(self) -> None:
+        """Do as the leader does."""
+        self._started.follow()
 
     def submit(self, request: Request) -> None:
         """Queue one request."""
@@ -56,6 +80,14 @@ class AutoEngine(Engine):
     def step(self) -> list[Completion]:
         """Advance all requests."""
         return self._started.step()
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """Give these requests up."""
+        self._started.abort(request_ids)
+
+    def sleep(self) -> None:
+        """Lend memory to the trainer."""
+        self._started.sleep()
 
     @property
     def num_pending(self) -> int:
@@ -74,9 +106,9 @@ class AutoEngine(Engine):
 
     def close(self) -> None:
         """Give memory and processes back."""
-        if self._chosen:
-            self._chosen.close()
-            self._chosen = None
+        self._chosen = None
+        for engine in (self.first, self.second):
+            engine.close()
 
     @property
     def _started(self) -> Engine:

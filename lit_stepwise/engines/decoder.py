@@ -19,8 +19,7 @@ def load_decoder(model_path: str, dtype: torch.dtype, max_context_tokens: int, d
     """
     from transformers import AttentionInterface
 
-    model, tokenizer = _load(model_path, dtype)
-    _check(model.config.get_text_config(), model_path, max_context_tokens)
+    model, tokenizer = _load(model_path, dtype, max_context_tokens)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     model = model.to(device)
     if device == "cpu" and model.config._attn_implementation == "sdpa":
@@ -29,11 +28,13 @@ def load_decoder(model_path: str, dtype: torch.dtype, max_context_tokens: int, d
     return model, tokenizer
 
 
-def _load(model_path: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _load(model_path: str, dtype: torch.dtype, max_context_tokens: int) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     local = Path(model_path).is_dir()  # then nothing may ask the hub, which a machine without a network waits for
     try:
+        config = AutoConfig.from_pretrained(model_path, local_files_only=local)
+        _check(config.get_text_config(), model_path, max_context_tokens)  # before time is spent on weights
         with torch.random.fork_rng(devices=[]):  # loading may draw numbers
             model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, local_files_only=local)
         tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=local)
@@ -43,10 +44,11 @@ def _load(model_path: str, dtype: torch.dtype) -> tuple[Any, Any]:
 
 
 def _check(config: Any, model_path: str, max_context_tokens: int) -> None:
-    if max_context_tokens > config.max_position_embeddings:
+    limit = getattr(config, "max_position_embeddings", None)  # some models have none
+    if limit is not None and max_context_tokens > limit:
         raise EngineError(
-            f"limits.max_context_tokens={max_context_tokens} is more than the {config.max_position_embeddings} that "
-            f"{model_path} was built for; lower it"
+            f"rollout.limits.max_context_tokens={max_context_tokens} is more than the {limit} that {model_path} was "
+            f"built for; use {limit} or less"
         )
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or (["sliding_attention"] if window else []))

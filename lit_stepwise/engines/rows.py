@@ -23,14 +23,14 @@ def row_dtype(width: int) -> np.dtype[Any]:
         tokens[:cached]         those whose keys and values the cache holds
         tokens[:reused]         those for which it held them when the request came
 
-    ``logprobs`` and ``uniforms``, the random numbers that decide what is drawn, stand where their tokens stand, and
-    mean nothing in the prompt. ``order`` counts the requests that were admitted before; ``stop`` is the number that
-    ``Ends`` gave to the stop strings.
+    ``logprobs``, ``versions`` of the weights that sampled and ``uniforms``, the random numbers that decide what is
+    drawn, stand where their tokens stand, and mean nothing in the prompt. ``order`` counts the requests that were
+    admitted before; ``stop`` is the number that ``Ends`` gave to the stop strings.
     """
     counts = [(name, "i8") for name in ("order", "prompt", "length", "limit", "cached", "reused", "stop")]
     settings = [("temperature", "f4"), ("top_p", "f4")]
-    tokens = [("tokens", "i8", (width,)), ("logprobs", "f4", (width,)), ("uniforms", "f8", (width,))]
-    return np.dtype([*counts, *settings, *tokens])
+    kinds = {"tokens": "i8", "logprobs": "f4", "versions": "i8", "uniforms": "f8"}
+    return np.dtype([*counts, *settings, *((name, kind, (width,)) for name, kind in kinds.items())])
 
 
 def shared_prefix(rows: Array, prompt: Array) -> Array:

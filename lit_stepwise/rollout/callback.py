@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric import Fabric
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_stepwise.algo.filters import Filters
-from lit_stepwise.errors import ConfigError, StepwiseError
-from lit_stepwise.interfaces import Advantage, Engine, Environment, Policy, TaskData
-from lit_stepwise.rollout.collector import Collector
-from lit_stepwise.rollout.rendering import ChatRenderer
+from lit_stepwise.errors import ConfigError, MismatchError, StepwiseError
+from lit_stepwise.interfaces import Advantage, Engine, Environment, Policy
+from lit_stepwise.rollout.collector import Collector, Replica
+from lit_stepwise.rollout.heartbeat import Heartbeat
+from lit_stepwise.rollout.interrupt import end_at_once_when_asked_again
+from lit_stepwise.rollout.phases import Draw, Phases, Played
+from lit_stepwise.rollout.rendering import ChatRenderer, History
 from lit_stepwise.rollout.samples import Rows, assign_credit, step_samples, with_component
 from lit_stepwise.rollout.store import TrajectoryStore
-from lit_stepwise.rollout.weight_sync import sync_weights
-from lit_stepwise.types import Limits, Rollout, Sampling, StepSample, Task, Trajectory
+from lit_stepwise.rollout.wiring import data_of, fabric_of, load_tokenizer, will_train
+from lit_stepwise.types import Deadlines, Evaluation, Limits, Rollout, Sampling, StepSample, Task, Trajectory
+
+_NUM_PROBES = 3
 
 
 class RolloutCallback(pl.Callback):
-    """Plays an iteration whenever the train loader asks for one, and greedily whenever validation does.
+    """Plays an iteration whenever the train loader asks for one, and validation tasks whenever validation does.
 
     Args:
         engine: samples the responses.
@@ -36,13 +43,20 @@ class RolloutCallback(pl.Callback):
             multi-turn training). It is what reductions by step and objectives over sequences work on.
         filters: what is left out between play and training, and what length costs.
         sampling: how training play draws tokens.
-        evaluation_temperature: of validation, test and prediction; 0 is greedy.
+        evaluation: how validation, test and prediction play.
         limits: token budgets and turns.
+        history: what the model reads of earlier turns. append: the very ids it read and sampled. keep_think and
+            strip_think: the chat template's view of the conversation, with all of each response, or without its
+            thought.
+        deadlines: how long things may take.
+        staleness: iterations that play may run ahead of training; 0 takes turns. More needs an engine with a device of
+            its own to be worth it.
         deterministic: hand turns to and fro in a fixed order, so that a resumed run plays what it would have played.
             False takes whoever is ready first.
         num_environment_threads: environment steps that may run at a time.
-        max_logprob_gap: after each weight sync the engine's logprobs may differ from the trainer's by this many nats in
-            the mean; beyond it the run stops.
+        max_logprob_gap: engine and trainer may differ by this many nats in the mean, after each weight sync and in the
+            first optimizer step; beyond it the run stops.
+        max_engine_restarts: times that an engine that died is started again; trajectories it was busy with have failed.
         seed: of all play; on the command line it follows ``seed_everything``.
     """
 
@@ -53,13 +67,17 @@ class RolloutCallback(pl.Callback):
         advantage: Advantage,
         samples_per_task: int = 8,
         samples: Rows = "step",
-        filters: Filters = Filters(),  # noqa: B008
-        sampling: Sampling = Sampling(),  # noqa: B008  (frozen; jsonargparse shows it as the default)
-        evaluation_temperature: float = 0.0,
+        filters: Filters = Filters(),  # noqa: B008  (frozen; jsonargparse shows it as the default)
+        sampling: Sampling = Sampling(),  # noqa: B008
+        evaluation: Evaluation = Evaluation(),  # noqa: B008
         limits: Limits = Limits(),  # noqa: B008
+        history: History = "append",
+        deadlines: Deadlines = Deadlines(),  # noqa: B008
+        staleness: int = 0,
         deterministic: bool = False,
         num_environment_threads: int = 8,
         max_logprob_gap: float = 0.1,
+        max_engine_restarts: int = 0,
         seed: int = 0,
     ) -> None:
         if samples_per_task < 2:
@@ -69,6 +87,9 @@ class RolloutCallback(pl.Callback):
             )
         if num_environment_threads < 1:
             raise ConfigError(f"rollout.num_environment_threads={num_environment_threads}; use 1 or more")
+        for name, value in {"staleness": staleness, "max_engine_restarts": max_engine_restarts}.items():
+            if value < 0:
+                raise ConfigError(f"rollout.{name}={value} is negative; use 0 for none")
         if advantage.needs_state_keys and not environment.offers_state_keys:
             raise ConfigError(
                 f"rollout.advantage={type(advantage).__name__} compares turns that begin in equal states, but "
@@ -77,6 +98,17 @@ class RolloutCallback(pl.Callback):
             )
         if sampling.temperature == 0:
             raise ConfigError("rollout.sampling.temperature=0 never explores; use e.g. 1.0")
+        if staleness and deterministic:
+            raise ConfigError(
+                f"rollout.staleness={staleness} lets weights arrive while turns are played, so that what is played "
+                "hangs on time; use deterministic: false, or staleness: 0"
+            )
+        if staleness and engine.tensor_parallel_size > 1:
+            raise ConfigError(
+                f"rollout.staleness={staleness} cannot play beside training on an engine that spans "
+                f"rollout.engine.tensor_parallel_size={engine.tensor_parallel_size} ranks of the trainer; use "
+                "VLLMServerEngine, or staleness: 0"
+            )
         self.engine = engine
         self.environment = environment
         self.advantage = advantage
@@ -85,11 +117,15 @@ class RolloutCallback(pl.Callback):
         filters.check(limits.max_new_tokens)
         self.filters = filters
         self.sampling = sampling
-        self.evaluation_temperature = evaluation_temperature
+        self.evaluation = evaluation
         self.limits = limits
+        self.history: History = history
+        self.deadlines = deadlines
+        self.staleness = staleness
         self.deterministic = deterministic
         self.num_environment_threads = num_environment_threads
         self.max_logprob_gap = max_logprob_gap
+        self.max_engine_restarts = max_engine_restarts
         self.seed = seed
         self._live: _Live | None = None
 
@@ -97,28 +133,61 @@ class RolloutCallback(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check everything that can be checked before a weight is loaded."""
-        data = _data(trainer)
+        data = data_of(trainer)
+        policy = cast(Policy, pl_module)
+        policy.staleness = self.staleness
         others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
         playable = self.attach(
-            fabric=_fabric_of(trainer, [*others, pl_module]),
-            policy=cast(Policy, pl_module),
+            fabric=fabric_of(trainer, [*others, pl_module]),
+            policy=policy,
             tasks=data.tasks,
             folder=Path(trainer.log_dir or trainer.default_root_dir) / "trajectories",
             policy_version=lambda: trainer.global_step,
+            draw=lambda iteration: Draw(data.tasks_for(iteration), data.further_tasks(iteration)),
+            wanted=lambda iteration: will_train(trainer, iteration),
         )
         data.keep(playable)
         data.player = self
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Play here, where progress can be shown; on resume Lightning may skip this hook and the loader plays."""
-        _data(trainer).ensure_iteration()
+        data_of(trainer).ensure_iteration()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """A sign of life."""
+        self.live.heartbeat.beat("training")
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Before anything is learnt from an engine, see whether it played the policy that is trained."""
+        if self.live.proven or not self.live.phases.started:
+            return
+        self.live.proven = True
+        gap = cast(Policy, pl_module).logprob_gap()
+        message = (
+            f"in the first optimizer step the engine's logprobs are {gap:.4f} nats off the trainer's in the mean "
+            f"(rollout.max_logprob_gap={self.max_logprob_gap})"
+        )
+        if self.sampling.top_p < 1:
+            rank_zero_warn(
+                f"{message}; that is how much rollout.sampling.top_p={self.sampling.top_p} biases each ratio"
+            )
+        elif not gap <= self.max_logprob_gap:
+            raise MismatchError(
+                f"{message}, and nothing was learnt from them. The probe after the weight sync was fine, so look at "
+                "what sampling adds: engine_kwargs, a chat template of its own, logits processors, raw logprobs"
+            )
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Runs before ModelCheckpoint, which Lightning keeps last, so that a checkpoint holds the new cursor."""
-        data = _data(trainer)
+        data = data_of(trainer)
         data.advance()
+        self.live.heartbeat.beat("training")
         # Lightning does not count the epoch in which a run resumes as started, so that after a second resume it would
         # take the last epoch for one still to come and train an iteration too many
         for progress in (trainer.fit_loop.epoch_progress.total, trainer.fit_loop.epoch_progress.current):
@@ -130,6 +199,8 @@ class RolloutCallback(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave no process behind."""
+        if isinstance(exception, KeyboardInterrupt):
+            end_at_once_when_asked_again(trainer)
         self.close()
 
     # ---- play, with or without a Trainer
@@ -141,6 +212,8 @@ class RolloutCallback(pl.Callback):
         tasks: Sequence[Task],
         folder: Path,
         policy_version: Callable[[], int] = lambda: 0,
+        draw: Callable[[int], Draw] = lambda iteration: Draw((), iter(())),
+        wanted: Callable[[int], bool] = lambda iteration: True,
     ) -> Sequence[Task]:
         """Make ready to play on ``fabric``'s ranks with ``policy``'s weights, and say which of ``tasks`` can be played.
 
@@ -151,81 +224,97 @@ class RolloutCallback(pl.Callback):
                 ``ConfigError`` or ``DataError`` when there is none left.
             folder: for the stored trajectories.
             policy_version: ``global_step`` at the time of asking.
+            draw: what an iteration plays.
+            wanted: whether an iteration will be trained, so that play need not run ahead in vain.
         """
         if self.sampling.top_p < 1:
             rank_zero_warn(
-                f"rollout.sampling.top_p={self.sampling.top_p} samples from a cut distribution, but the trainer's "
-                "ratios are those of the whole one and thus biased; use 1.0 unless that is meant"
+                f"rollout.sampling.top_p={self.sampling.top_p} samples from a cut distribution: the engine's logprobs "
+                f"are up to {-math.log(self.sampling.top_p):.3f} nats above those of the whole one, which the "
+                "trainer's ratios are of; use 1.0 unless that bias is meant"
             )
-        renderer = ChatRenderer.of(_load_tokenizer(policy.model_path))
+        Replica.of(fabric, self.engine)  # raises for ranks that do not come out even
+        renderer = ChatRenderer.of(load_tokenizer(policy.model_path), self.history)
+        heartbeat = Heartbeat(self.deadlines.heartbeat_seconds)
         collector = Collector(
             fabric=fabric,
             engine=self.engine,
             environment=self.environment,
             renderer=renderer,
             limits=self.limits,
+            deadlines=self.deadlines,
             deterministic=self.deterministic,
             num_threads=self.num_environment_threads,
             seed=self.seed,
+            on_progress=lambda: heartbeat.beat("playing"),
         )
         prepared = collector.choose(tasks)
-        if prepared.report:
-            rank_zero_info(prepared.report)
-        probe_ids = min((collector.first_prompt(task) for task in prepared.tasks[:16]), key=len)  # a short one is cheap
-        self._live = _Live(collector, policy, TrajectoryStore(folder), policy_version, probe_ids)
+        for report in filter(None, (prepared.report, renderer.difference)):
+            rank_zero_info(report)
+        # short ones are cheap
+        prompts = sorted((collector.first_prompt(task) for task in prepared.tasks[:16]), key=len)[:_NUM_PROBES]
+        phases = Phases(
+            collector=collector,
+            policy=policy,
+            policy_version=policy_version,
+            draw=draw,
+            wanted=wanted,
+            prompts=prompts,
+            samplings=[self.sampling] * self.samples_per_task,
+            filters=self.filters,
+            staleness=self.staleness,
+            max_logprob_gap=self.max_logprob_gap,
+            max_engine_restarts=self.max_engine_restarts,
+            heartbeat=heartbeat,
+        )
+        self._live = _Live(phases, collector, policy, TrajectoryStore(folder), heartbeat)
         return prepared.tasks
 
-    def collect(self, iteration: int, tasks: Sequence[Task], further: Iterator[Task]) -> list[StepSample]:
-        """Play ``tasks``, ``samples_per_task`` attempts each, on all ranks; the step samples of all ranks.
+    def collect(self, iteration: int) -> list[StepSample]:
+        """The step samples of ``iteration`` on all ranks, ``samples_per_task`` attempts at each of its tasks.
 
-        Where ``filters`` leave groups out by their outcome, as many of the ``further`` tasks are played in their place.
+        Where ``filters`` leave groups out by their outcome, as many further tasks are played in their place.
         """
-        trajectories, groups, num_rounds = self._fill(iteration, tasks, further)
-        if all(trajectory.failed for trajectory in trajectories):
-            raise StepwiseError(
-                f"all {len(trajectories)} trajectories of iteration {iteration} failed, the first with "
-                f"'{trajectories[0].failure}'; mend the environment, then resume with --ckpt_path last"
-            )
-        trajectories = self.filters.with_penalties(trajectories, self.limits.max_new_tokens)
+        began = time.perf_counter()
+        played = self.live.phases.take(iteration)
+        self._hand_over(played.rollout, began)
+        _report_failures(played.trajectories, iteration)
+        trajectories = self.filters.with_penalties(self._priced(played), self.limits.max_new_tokens)
         advantages = assign_credit(trajectories, self.advantage)
-        selection = self.filters.selection(trajectories, advantages, groups, num_rounds)
+        selection = self.filters.selection(trajectories, advantages, played.groups, played.num_rounds)
         self._keep(f"train-{iteration:06d}", trajectories, advantages)
         self.live.collector.fabric.call("on_selection", selection=selection)
+        if not self.staleness:
+            self.engine.sleep()
         return step_samples(trajectories, advantages, self.samples, selection.trained)
 
-    def _fill(
-        self, iteration: int, tasks: Sequence[Task], further: Iterator[Task]
-    ) -> tuple[list[Trajectory], set[int], int]:
-        """All trajectories of all rounds of play, the groups to keep, and the number of rounds."""
-        trajectories: list[Trajectory] = []
-        num_played = num_rounds = 0
-        batch = list(tasks)
-        while batch:
-            _, played = self._play(batch, self.samples_per_task, self.sampling, "train", iteration, num_played)
-            trajectories += played
-            num_played += len(batch)
-            num_rounds += 1
-            groups = self.filters.kept_groups(trajectories)
-            batch = list(islice(further, self.filters.missing_groups(len(tasks), len(groups), num_rounds)))
-        return trajectories, groups, num_rounds
+    def _hand_over(self, rollout: Rollout, began: float) -> None:
+        now, before = time.perf_counter(), self.live.handed_over
+        cycle = now - before if before is not None else 0.0
+        self.live.handed_over = now
+        rollout = replace(rollout, wait_seconds=now - began, cycle_seconds=cycle)
+        self.live.collector.fabric.call("on_rollout_end", rollout=rollout)
 
     def evaluate(self, tasks: Sequence[Task]) -> Rollout:
-        """Play ``tasks`` once each at ``evaluation_temperature``; what this rank played."""
+        """Play ``tasks`` as ``evaluation`` says; what this rank played."""
         return self._evaluate(tasks)[0]
 
     def play(self, tasks: Sequence[Task], samples_per_task: int) -> list[Trajectory]:
         """Play ``tasks`` and store all ranks' trajectories: one sample as ``evaluate`` does, more as ``collect``."""
         if samples_per_task == 1:
             return self._evaluate(tasks)[1]
-        _, trajectories = self._play(tasks, samples_per_task, self.sampling, "train", 0)
+        live = self.live
+        rollout = live.phases.play(tasks, [self.sampling] * samples_per_task, evaluate=False)
+        live.collector.fabric.call("on_rollout_end", rollout=rollout)
+        trajectories = live.collector.gather(rollout.trajectories)
         self._keep("play", trajectories, assign_credit(trajectories, self.advantage))
         return trajectories
 
     def close(self) -> None:
         """Free the engine and the environment's workers. Idempotent."""
         if self._live is not None:
-            self._live = None
-            self.engine.close()
+            live, self._live = self._live, None
+            live.phases.close()
             self.environment.close()
 
     @property
@@ -236,45 +325,27 @@ class RolloutCallback(pl.Callback):
         return self._live
 
     def _evaluate(self, tasks: Sequence[Task]) -> tuple[Rollout, list[Trajectory]]:
-        sampling = replace(self.sampling, temperature=self.evaluation_temperature)
-        rollout, trajectories = self._play(tasks, 1, sampling, "evaluate", -1)
+        live = self.live
+        rollout = live.phases.play(tasks, self.evaluation.samplings(self.sampling), evaluate=True)
+        live.collector.fabric.call("on_rollout_end", rollout=rollout)
+        trajectories = live.collector.gather(rollout.trajectories)
         self._keep(f"evaluate-step{rollout.policy_version:06d}", trajectories)
         return rollout, trajectories
 
-    def _play(
-        self,
-        tasks: Sequence[Task],
-        samples_per_task: int,
-        sampling: Sampling,
-        stage: Literal["train", "evaluate"],
-        iteration: int,
-        first_group: int = 0,
-    ) -> tuple[Rollout, list[Trajectory]]:
-        """What this rank played, and the trajectories of all ranks."""
-        collector, seconds = self.live.collector, self._sync()
-        rollout = collector.play(
-            tasks,
-            samples_per_task,
-            sampling,
-            stage=stage,
-            iteration=iteration,
-            sync_seconds=seconds,
-            first_group=first_group,
-        )
-        mine = rollout.trajectories
-        return rollout, collector.gather(mine if stage == "evaluate" else self._priced(mine, sampling.temperature))
-
-    def _priced(self, trajectories: Sequence[Trajectory], temperature: float) -> Sequence[Trajectory]:
-        """The same with the price of moving away from the reference model among the rewards, where there is one."""
-        turns = [turn for trajectory in trajectories for turn in trajectory.turns]
-        penalties = self.live.policy.reference_penalties(turns, temperature)
+    def _priced(self, played: Played) -> Sequence[Trajectory]:
+        """All ranks' trajectories with the price of leaving the reference among their rewards, where there is one."""
+        live, mine = self.live, played.rollout.trajectories
+        turns = [turn for trajectory in mine for turn in trajectory.turns]
+        penalties = live.policy.reference_penalties(turns, self.sampling.temperature)
         if penalties is None:
-            return trajectories
+            return played.trajectories
         remaining = iter(penalties)
-        return [
-            replace(each, turns=[with_component(turn, "kl", -next(remaining)) for turn in each.turns])
-            for each in trajectories
-        ]
+        return live.collector.gather(
+            [
+                replace(each, turns=[with_component(turn, "kl", -next(remaining)) for turn in each.turns])
+                for each in mine
+            ]
+        )
 
     def _keep(
         self, name: str, trajectories: Sequence[Trajectory], advantages: Sequence[Sequence[float]] | None = None
@@ -282,65 +353,34 @@ class RolloutCallback(pl.Callback):
         if self.live.collector.fabric.is_global_zero:
             self.live.store.write(name, trajectories, advantages)
 
-    def _sync(self) -> float:
-        """Give the engine the weights it lacks; the seconds it took."""
-        live, version = self.live, self.live.policy_version()
-        if live.started and self.engine.policy_version == version:
-            return 0.0
-        if not live.started:
-            self.engine.start(live.policy.model_path, self.limits.max_context_tokens)
-            live.started = True
-            rank_zero_info(f"engine: {self.engine.description}")
-        began = time.perf_counter()
-        sync_weights(self.engine, live.policy, version, live.probe_ids, self.max_logprob_gap)
-        return time.perf_counter() - began
-
 
 @dataclass(slots=True)
 class _Live:
     """What exists only while the callback is attached."""
 
+    phases: Phases
     collector: Collector
     policy: Policy
     store: TrajectoryStore
-    policy_version: Callable[[], int]
-    probe_ids: Sequence[int]
-    started: bool = False
+    heartbeat: Heartbeat
+    proven: bool = False
+    """The first optimizer step saw that engine and trainer agree."""
+    handed_over: float | None = None
+    """When the last iteration was given to the trainer."""
 
 
-def _data(trainer: pl.Trainer) -> TaskData:
-    data = getattr(trainer, "datamodule", None)
-    if data is None or not hasattr(data, "player"):
-        raise ConfigError(f"the RolloutCallback needs a TaskDataModule as datamodule of the Trainer; got {data!r}")
-    return cast(TaskData, data)
-
-
-def _fabric_of(trainer: pl.Trainer, callbacks: list[Any]) -> Fabric:
-    """A Fabric on the processes and devices the Trainer already has; it launches nothing of its own."""
-    strategy = trainer.strategy
-    on_cpu = strategy.root_device.type == "cpu"
-    environment = getattr(strategy, "cluster_environment", None)
-    fabric = Fabric(
-        accelerator=strategy.root_device.type,
-        devices=trainer.num_devices if on_cpu else trainer.device_ids,
-        num_nodes=trainer.num_nodes,
-        strategy="ddp" if trainer.world_size > 1 else "auto",  # for ranks and collectives; no model is set up on it
-        precision=trainer.precision,
-        plugins=[environment] if environment else None,
-        callbacks=callbacks,
-        loggers=list(trainer.loggers),
+def _report_failures(trajectories: Sequence[Trajectory], iteration: int) -> None:
+    """Say what failed. Raises ``StepwiseError`` when all did."""
+    failures = Counter(each.failure for each in trajectories if each.failed)
+    if not failures:
+        return
+    (reason, number), total = failures.most_common(1)[0], len(trajectories)
+    if failures.total() == total:
+        raise StepwiseError(
+            f"all {total} trajectories of iteration {iteration} failed, {number} of them with '{reason}'; mend that, "
+            "then resume with --ckpt_path last"
+        )
+    rank_zero_warn(
+        f"{failures.total()} of {total} trajectories of iteration {iteration} failed and are left out, {number} of "
+        f"them with '{reason}'"
     )
-    fabric.launch()
-    return fabric
-
-
-def _load_tokenizer(model_path: str) -> Any:
-    from transformers import AutoTokenizer  # seconds of import that other commands need not pay
-
-    try:
-        return AutoTokenizer.from_pretrained(model_path)
-    except (OSError, ValueError) as error:
-        what = "holds no tokenizer" if Path(model_path).exists() else "is no folder, and no known model has that name"
-        raise ConfigError(
-            f"model.model_path={model_path!r} {what}; give a folder with a Hugging Face model, or the name of one"
-        ) from error

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
 
 import torch.distributed
 from lightning.fabric import Fabric
 
-from lit_stepwise.errors import ConfigError
+from lit_stepwise.errors import ConfigError, EngineError
 from lit_stepwise.interfaces import Engine, Environment
 from lit_stepwise.rollout.agent_loop import AgentLoop, Attempt, mix_seed
 from lit_stepwise.rollout.rendering import ChatRenderer
-from lit_stepwise.types import Limits, Prepared, Rollout, Sampling, Task, Trajectory, Turn
+from lit_stepwise.rollout.turnstile import Turnstile
+from lit_stepwise.types import Deadlines, Limits, Prepared, Rollout, Sampling, Task, Trajectory, Turn
 
 _STAGE_SEEDS = {"train": 0, "evaluate": 1}
 """Keeps the draws of training and evaluation apart."""
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -25,8 +28,8 @@ class Collector:
     """Plays tasks on every rank of ``fabric`` and tells its callbacks.
 
     Hooks, called on every callback (and the LightningModule) that has a method of that name:
-    ``on_rollout_start(stage, iteration, num_trajectories)``, ``on_turn_end(turn, task_id)``,
-    ``on_trajectory_end(trajectory)`` and ``on_rollout_end(rollout)``, each about this rank's play.
+    ``on_rollout_start(stage, iteration, num_trajectories)``, ``on_turn_end(turn, task_id)`` and
+    ``on_trajectory_end(trajectory)``, each about this rank's play and by the thread that plays.
     """
 
     fabric: Fabric
@@ -34,45 +37,69 @@ class Collector:
     environment: Environment
     renderer: ChatRenderer
     limits: Limits
+    deadlines: Deadlines
     deterministic: bool
     num_threads: int
     seed: int
+    turnstile: Turnstile = field(default_factory=Turnstile)
+    on_progress: Callable[[], None] = lambda: None
+    """Called whenever a turn ended."""
+    group: Any = None
+    """Process group of its own, for play may run beside training; None while there is one process."""
+
+    def __post_init__(self) -> None:
+        if self.fabric.world_size > 1:
+            self.group = torch.distributed.new_group(backend="gloo")
 
     def play(
         self,
         tasks: Sequence[Task],
-        samples_per_task: int,
-        sampling: Sampling,
+        samplings: Sequence[Sampling],
         *,
         stage: Literal["train", "evaluate"],
         iteration: int,
-        sync_seconds: float = 0.0,
         first_group: int = 0,
     ) -> Rollout:
-        """Every ``world_size``-th task is this rank's, all its samples together; groups count from ``first_group``."""
+        """One attempt at every task with each of ``samplings``; groups count from ``first_group``.
+
+        Every so many tasks one is this rank's, all its attempts together. When the engine fails, what was unfinished
+        has failed, and ``Rollout.engine_failure`` says why.
+        """
         began = time.perf_counter()
+        replica = Replica.of(self.fabric, self.engine)
         seed = (self.seed, _STAGE_SEEDS[stage], max(iteration, 0))
-        mine = list(enumerate(tasks, start=first_group))[self.fabric.global_rank :: self.fabric.world_size]
-        attempts = [Attempt(task, group, sample, seed) for group, task in mine for sample in range(samples_per_task)]
-        loop, stats = self._loop(sampling), self.environment.stats()
+        mine = list(enumerate(tasks, start=first_group))[replica.index :: replica.count] if replica.leads else []
+        attempts = [
+            Attempt(task, group, sample, seed, sampling)
+            for group, task in mine
+            for sample, sampling in enumerate(samplings)
+        ]
+        loop, stats, failure = self._loop(), self.environment.stats(), ""
         self.fabric.call("on_rollout_start", stage=stage, iteration=iteration, num_trajectories=len(attempts))
-        self.engine.begin_phase(mix_seed(*seed, self.fabric.global_rank, *([first_group] if first_group else [])))
-        loop.play(attempts)
-        trajectories = [attempt.trajectory(sampling.temperature) for attempt in attempts]
-        rollout = Rollout(
+        try:
+            self.engine.begin_phase(mix_seed(*seed, replica.index, *([first_group] if first_group else [])))
+            if replica.leads:
+                loop.play(attempts)
+            else:
+                self.engine.follow()
+        except EngineError as error:
+            failure = str(error)
+            loop.give_up(attempts, "the engine failed")
+        finally:
+            self.engine.end_phase()
+        trajectories = [attempt.trajectory() for attempt in attempts]
+        return Rollout(
             stage=stage,
             iteration=iteration,
             policy_version=self.engine.policy_version,
             trajectories=trajectories,
             engine_seconds=loop.engine_seconds,
             environment_seconds=sum(turn.environment_seconds for each in trajectories for turn in each.turns),
-            sync_seconds=sync_seconds,
             play_seconds=time.perf_counter() - began,
             num_cached_tokens=loop.num_cached_tokens,
             environment_stats={name: value - stats[name] for name, value in self.environment.stats().items()},
+            engine_failure=failure,
         )
-        self.fabric.call("on_rollout_end", rollout=rollout)
-        return rollout
 
     def choose(self, tasks: Sequence[Task]) -> Prepared:
         """Those of ``tasks`` that can be played and whose first prompt is within its budget; equal on every rank.
@@ -105,27 +132,56 @@ class Collector:
 
     def gather(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
         """The trajectories of all ranks, ordered by group and sample; equal on every rank."""
-        parts: list[Any] = [trajectories]
-        if self.fabric.world_size > 1:
-            parts = [None] * self.fabric.world_size
-            torch.distributed.all_gather_object(parts, list(trajectories))
-        return sorted((each for part in parts for each in part), key=lambda each: (each.group, each.sample))
+        every = (each for part in self.from_all_ranks(trajectories) for each in part)
+        return sorted(every, key=lambda each: (each.group, each.sample))
 
-    def _loop(self, sampling: Sampling) -> AgentLoop:
+    def from_all_ranks(self, value: T) -> list[T]:
+        """What each rank gave, equal on every rank."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.fabric.world_size
+        torch.distributed.all_gather_object(values, value, group=self.group)
+        return values
+
+    def _loop(self) -> AgentLoop:
         def turn_ended(turn: Turn, task_id: str) -> None:
+            self.on_progress()
             self.fabric.call("on_turn_end", turn=turn, task_id=task_id)
 
         def trajectory_ended(attempt: Attempt) -> None:
-            self.fabric.call("on_trajectory_end", trajectory=attempt.trajectory(sampling.temperature))
+            self.fabric.call("on_trajectory_end", trajectory=attempt.trajectory())
 
         return AgentLoop(
             engine=self.engine,
             environment=self.environment,
             renderer=self.renderer,
             limits=self.limits,
-            sampling=sampling,
+            deadlines=self.deadlines,
             deterministic=self.deterministic,
             num_threads=self.num_threads,
+            turnstile=self.turnstile,
             on_turn_end=turn_ended,
             on_trajectory_end=trajectory_ended,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """Which of the engines this rank belongs to."""
+
+    index: int
+    count: int
+    leads: bool
+    """Only the first rank of an engine plays."""
+
+    @classmethod
+    def of(cls, fabric: Fabric, engine: Engine) -> Replica:
+        """Neighbouring ranks share an engine. Raises ``ConfigError`` when that does not come out even."""
+        size, rank, world = engine.tensor_parallel_size, fabric.global_rank, fabric.world_size
+        if world % size:
+            fitting = ", ".join(str(number) for number in range(1, world + 1) if world % number == 0)
+            raise ConfigError(
+                f"rollout.engine.tensor_parallel_size={size} does not divide the {world} ranks of the trainer; use one "
+                f"of {fitting}, or change trainer.devices"
+            )
+        return cls(rank // size, world // size, rank % size == 0)

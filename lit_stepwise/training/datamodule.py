@@ -174,8 +174,7 @@ class TaskDataModule(pl.LightningDataModule):
 
     def _collect(self, iteration: int) -> list[StepSample]:
         """The samples of an iteration, with all that its updates will ask of them."""
-        tasks, further = self.tasks_for(iteration), self.further_tasks(iteration)
-        samples = self._required_player().collect(iteration, tasks, further)
+        samples = self._required_player().collect(iteration)
         assert self.trainer is not None
         module = cast(StepwiseModule, self.trainer.lightning_module)
         if not module.wants_old_logprobs:

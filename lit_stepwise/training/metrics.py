@@ -1,4 +1,4 @@
-"""What is measured, with torchmetrics, so that ranks are summed up before they are divided."""
+"""What is measured of an optimizer step."""
 
 from __future__ import annotations
 
@@ -6,77 +6,31 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric, SumMetric
+from torchmetrics import CatMetric, MeanMetric, SumMetric
 
-from lit_stepwise.training.scoring import from_all_ranks
-from lit_stepwise.types import Rollout
+from lit_stepwise.algo.kl import KLPenalty
+from lit_stepwise.training.aggregates import Aggregates
 
 
-class RolloutMetrics(nn.Module):
-    """Of one phase of play. Feed it this rank's rollout only.
+def gaps_of(differences: Tensor) -> dict[str, float]:
+    """How far the trainer's logprobs are from the engine's; nothing without a token.
 
-    ``reward``, its components ``reward_<name>``, ``accuracy`` and ``turns`` are means over trajectories that did not
-    fail, ``format_errors`` the fraction of their turns, ``failed`` the fraction of all trajectories.
+    ``logprob_gap``, its ``_p99`` (99 % of the tokens are at it or below) and ``_max`` are absolute, in nats;
+    ``rollout_kl`` estimates KL(engine || trainer) from what the engine drew.
+
+    Args:
+        differences: [n] trainer minus engine.
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        means = ("reward", "accuracy", "turns", "format_errors", "failed", "response_tokens")
-        seconds = ("engine", "environment", "sync", "play")
-        self.means = nn.ModuleDict({name: MeanMetric() for name in means})
-        self.seconds = nn.ModuleDict({name: MeanMetric() for name in seconds})
-        self.tokens = nn.ModuleDict({name: SumMetric() for name in ("generated", "cached")})
-        self.components = nn.ModuleDict()
-        self.environment = nn.ModuleDict()
-
-    def update(self, rollout: Rollout) -> None:
-        """Take in what this rank played."""
-        sound = [trajectory for trajectory in rollout.trajectories if not trajectory.failed]
-        turns = [turn for trajectory in sound for turn in trajectory.turns]
-        values = {
-            "reward": [trajectory.reward for trajectory in sound],
-            "accuracy": [trajectory.success for trajectory in sound],
-            "turns": [len(trajectory.turns) for trajectory in sound],
-            "format_errors": [turn.feedback.format_error for turn in turns],
-            "failed": [trajectory.failed for trajectory in rollout.trajectories],
-            "response_tokens": [len(turn.response_ids) for turn in turns],
-        }
-        for name, numbers in values.items():
-            self.means[name].update(torch.tensor(numbers, dtype=torch.float32))  # type: ignore[operator]
-        for trajectory in sound:
-            for name, reward in trajectory.reward_components.items():
-                _named(self.components, name, MeanMetric).update(reward)
-        for name, amount in rollout.environment_stats.items():
-            _named(self.environment, name, SumMetric).update(amount)
-        for name, metric in self.seconds.items():
-            metric.update(getattr(rollout, f"{name}_seconds"))  # type: ignore[operator]
-        self.tokens["generated"].update(rollout.num_generated_tokens)  # type: ignore[operator]
-        self.tokens["cached"].update(rollout.num_cached_tokens)  # type: ignore[operator]
-
-    def result(self, prefix: str) -> dict[str, float]:
-        """Over all ranks, then start afresh.
-
-        ``<prefix>/<mean>``; of training play also ``seconds/<phase>``, ``tokens/<kind>`` and ``environment/<count>``.
-        """
-        named = {f"{prefix}/{name}": metric for name, metric in self.means.items()}
-        self._agree_on_components()
-        named |= {f"{prefix}/reward_{name}": metric for name, metric in self.components.items()}
-        if prefix == "rollout":
-            named |= {f"environment/{name}": metric for name, metric in self.environment.items()}
-            named |= {f"seconds/{name}": metric for name, metric in self.seconds.items()}
-            named |= {f"tokens/{name}": metric for name, metric in self.tokens.items()}
-        else:
-            named["seconds/evaluate"] = self.seconds["play"]
-        values = {name: _value(metric) for name, metric in named.items()}
-        for group in (self.means, self.seconds, self.tokens, self.components, self.environment):
-            for metric in group.values():
-                metric.reset()  # type: ignore[operator]
-        return values
-
-    def _agree_on_components(self) -> None:
-        """A rank that had nothing to play knows no component, and would not take part in the sum over ranks."""
-        for name in dict.fromkeys(name for names in from_all_ranks(list(self.components)) for name in names):
-            _named(self.components, name, MeanMetric)
+    if not len(differences):
+        return {}
+    differences = differences.cpu().double()
+    gaps = differences.abs()
+    return {
+        "logprob_gap": float(gaps.mean()),
+        "logprob_gap_p99": float(gaps.kthvalue(-(-99 * len(gaps) // 100)).values),
+        "logprob_gap_max": float(gaps.max()),
+        "rollout_kl": float(KLPenalty(estimator="k3").estimate(torch.zeros_like(gaps), differences).mean()),
+    }
 
 
 class UpdateMetrics(nn.Module):
@@ -85,52 +39,55 @@ class UpdateMetrics(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.loss = SumMetric()
-        self.means = nn.ModuleDict()
-        self.tokens = nn.ModuleDict({name: SumMetric() for name in ("trained", "forwarded")})
+        self.means = Aggregates(MeanMetric)
+        self.tokens = Aggregates(SumMetric, "trained", "forwarded")
+        # all are kept, for the percentile to be exact: four bytes a token, a few megabytes an optimizer step
+        self.differences = CatMetric()
 
-    def update(self, loss: Tensor, per_token: Mapping[str, Tensor], num_trained: int, num_forwarded: int) -> None:
+    def update(
+        self,
+        loss: Tensor,
+        per_token: Mapping[str, Tensor],
+        differences: Tensor,
+        num_trained: int,
+        num_forwarded: int,
+    ) -> None:
         """Take in one micro-batch.
 
         Args:
             loss: its part of the mini-batch's.
             per_token: values by name, of all its tokens or of some.
+            differences: [n] trainer minus engine, of the tokens of which both logprobs are finite.
             num_trained: sampled tokens.
             num_forwarded: tokens that the forward pass computed, padding included.
         """
         self.loss.update(loss.detach())
         self.observe(per_token)
-        self.tokens["trained"].update(num_trained)  # type: ignore[operator]
-        self.tokens["forwarded"].update(num_forwarded)  # type: ignore[operator]
+        self.differences.update(differences.detach().float())
+        self.tokens.update("trained", num_trained)
+        self.tokens.update("forwarded", num_forwarded)
 
     def observe(self, per_token: Mapping[str, Tensor]) -> None:
-        """Take in values by name that come from elsewhere; every rank does so together, be it with no value."""
+        """Take in values by name that come from elsewhere."""
         for name, values in per_token.items():
-            _named(self.means, name, MeanMetric).to(values.device).update(values.detach().float())
+            self.means.update(name, values.detach().float())
+
+    def logprob_gap(self) -> float:
+        """Mean gap of engine and trainer so far, over all ranks, which call it together; 0 without a token."""
+        return self._gaps().get("logprob_gap", 0.0)
 
     def result(self) -> dict[str, float]:
-        """Over all ranks, then start afresh: ``train/loss``, ``train/<mean>``, ``tokens/<kind>``.
+        """Over all ranks, then start afresh: ``train/loss``, ``train/<mean>``, ``train/<gap>``, ``tokens/<kind>``.
 
         A mean is there if anything was said about it since the last step.
         """
-        named: dict[str, nn.Module] = {"train/loss": self.loss}
-        named |= {f"train/{name}": metric for name, metric in self.means.items() if metric.update_called}
-        named |= {f"tokens/{name}": metric for name, metric in self.tokens.items()}
-        values = {name: _value(metric) for name, metric in named.items()}
-        for metric in (self.loss, *self.means.values(), *self.tokens.values()):
-            metric.reset()
+        values = {"train/loss": float(self.loss.compute())}
+        values |= {f"train/{name}": value for name, value in self._gaps().items()}
+        values |= self.means.result("train/") | self.tokens.result("tokens/")
+        self.loss.reset()
+        self.differences.reset()
         return values
 
-
-def _named(group: nn.ModuleDict, name: str, kind: type[Metric]) -> Metric:
-    """The metric of that name, made when it is first seen."""
-    if name not in group:
-        group[name] = kind()
-    metric = group[name]
-    assert isinstance(metric, Metric)
-    return metric
-
-
-def _value(metric: nn.Module) -> float:
-    """Over all ranks."""
-    assert isinstance(metric, Metric)
-    return float(metric.compute())
+    def _gaps(self) -> dict[str, float]:
+        # a list where there is no token, a scalar where there is one
+        return gaps_of(torch.as_tensor(self.differences.compute()).flatten())

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
-from typing import Any, Literal, get_args
+from dataclasses import replace
+from typing import Any, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -15,18 +14,19 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lit_stepwise.algo.correction import RolloutCorrection
-from lit_stepwise.algo.filters import Selection
 from lit_stepwise.algo.kl import KLPenalty
 from lit_stepwise.algo.losses import DualClip
 from lit_stepwise.algo.microbatches import collate, plan_micro_batches
 from lit_stepwise.algo.reductions import Reduction, token_weights
 from lit_stepwise.errors import ConfigError
 from lit_stepwise.interfaces import PolicyLoss
-from lit_stepwise.training.metrics import RolloutMetrics, UpdateMetrics
-from lit_stepwise.training.objective import Objective
+from lit_stepwise.training.logs import Logs
+from lit_stepwise.training.lora import Lora, WithoutAdapter
+from lit_stepwise.training.objective import Objective, OldLogprobs, chosen
 from lit_stepwise.training.policy_model import PolicyModel
-from lit_stepwise.training.scoring import Reference, as_sample, from_all_ranks, logprobs_of, price_of_turns
-from lit_stepwise.types import MicroBatch, MiniBatch, Rollout, StepSample, Turn
+from lit_stepwise.training.policy_role import PolicyRole
+from lit_stepwise.training.scoring import Reference, from_all_ranks, logprobs_of
+from lit_stepwise.types import MicroBatch, MiniBatch, StepSample
 
 
 def _adamw(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
@@ -37,7 +37,7 @@ def _constant(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRSc
     return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
 
 
-class StepwiseModule(pl.LightningModule):
+class StepwiseModule(PolicyRole, Logs):
     """One ``training_step`` is one optimizer step over a mini-batch of step samples, in micro-batches of like length.
 
     Args:
@@ -49,9 +49,11 @@ class StepwiseModule(pl.LightningModule):
         entropy_bonus: times the entropy of every sampled token is added to the objective.
         old_logprobs: what the ratios of the loss are against. rollout: the engine's logprobs. trainer: the trainer's
             own of before the first update of an iteration, at the price of another forward pass unless an iteration is
-            a single optimizer step.
-        correction: weights and masks for tokens of which engine and trainer differ; needs old_logprobs trainer.
-        reference_path: model of kl; model_path when not given.
+            a single optimizer step. null: trainer where play runs ahead or there is a correction, else rollout.
+        correction: weights and masks for tokens of which engine and trainer differ; needs old_logprobs trainer. null:
+            token_cap 2 where play runs ahead (rollout.staleness), else none.
+        reference_path: model of kl; when not given that of model_path, or with lora the policy without its adapter.
+        lora: trains a low-rank adapter and none of the weights; null trains them all.
         max_response_tokens: token budget of a turn, which reduction constant divides by; on the command line it follows
             rollout.limits.max_new_tokens.
         optimizer: class_path of a torch optimizer with its init_args.
@@ -68,9 +70,10 @@ class StepwiseModule(pl.LightningModule):
         reduction: Reduction = "token",
         kl: KLPenalty = KLPenalty(),  # noqa: B008
         entropy_bonus: float = 0.0,
-        old_logprobs: Literal["rollout", "trainer"] = "rollout",
-        correction: RolloutCorrection = RolloutCorrection(),  # noqa: B008
+        old_logprobs: OldLogprobs | None = None,
+        correction: RolloutCorrection | None = None,
         reference_path: str | None = None,
+        lora: Lora | None = None,
         max_response_tokens: int = 1024,
         optimizer: OptimizerCallable = _adamw,
         lr_scheduler: LRSchedulerCallable = _constant,
@@ -93,9 +96,15 @@ class StepwiseModule(pl.LightningModule):
                 f"model.reference_path={reference_path!r} has no effect while model.kl.coefficient is 0; raise the "
                 "coefficient, or leave out the path"
             )
+        if lora is not None:
+            lora.check()
         self.automatic_optimization = False
         self.model_path = model_path
-        self.objective = Objective(loss, kl, entropy_bonus, old_logprobs, correction)
+        self.lora = lora
+        self.adapter_rank = lora.rank if lora is not None else 0
+        self.old_logprobs = old_logprobs
+        self.correction = correction
+        self.objective = Objective(loss, kl, entropy_bonus, *chosen(old_logprobs, correction, staleness=0))
         self.reduction = reduction
         self.reference_path = reference_path
         self.max_response_tokens = max_response_tokens
@@ -104,27 +113,35 @@ class StepwiseModule(pl.LightningModule):
         self.max_grad_norm = max_grad_norm
         self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
         self.logits_chunk_tokens = logits_chunk_tokens
-        self.policy: PolicyModel | None = None
-        self.reference: Reference | None = None
-        self.rollout_metrics = RolloutMetrics()
-        self.evaluation_metrics = RolloutMetrics()
-        self.update_metrics = UpdateMetrics()
-        self._rollout_is_new = False
-        self._selection: dict[str, float] = {}
+        self.policy = None
+        self.reference = None
 
     # ---- set-up
+
+    def setup(self, stage: str) -> None:
+        """Choose what was left open; the RolloutCallback has said by now how play runs."""
+        old_logprobs, correction = chosen(self.old_logprobs, self.correction, self.staleness)
+        self.objective = replace(self.objective, old_logprobs=old_logprobs, correction=correction)
 
     def configure_model(self) -> None:
         """Load the weights; Lightning may call this more than once."""
         if self.policy is None:
             self.policy = PolicyModel.load(self.model_path, self.logits_chunk_tokens)
+            if self.lora is not None:
+                self.lora.attach(self.policy)
         if self.reference is None and self.objective.kl.needs_reference:
-            setting = "model.model_path" if self.reference_path is None else "model.reference_path"
-            self.reference = Reference.load(self.reference_path or self.model_path, setting, self.policy)
+            self.reference = self._load_reference(self.policy)
+
+    def _load_reference(self, policy: PolicyModel) -> Reference | WithoutAdapter:
+        if self.reference_path is not None:
+            return Reference.load(self.reference_path, "model.reference_path", policy)
+        if self.lora is not None:
+            return WithoutAdapter(policy)
+        return Reference.load(self.model_path, "model.model_path", policy)
 
     def configure_optimizers(self) -> Any:
         """What the YAML names."""
-        optimizer = self.optimizer(self.parameters())
+        optimizer = self.optimizer([each for each in self.parameters() if each.requires_grad])
         return {"optimizer": optimizer, "lr_scheduler": self.lr_scheduler(optimizer)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -151,7 +168,15 @@ class StepwiseModule(pl.LightningModule):
         return self.objective.old_logprobs == "trainer" and self.trainer.num_training_batches > 1
 
     def on_train_start(self) -> None:
-        """Say what will not be done."""
+        """Say what was chosen, and what will not be done."""
+        choices: dict[str, object] = {}
+        if self.old_logprobs is None:
+            choices["old_logprobs"] = self.objective.old_logprobs
+        if self.correction is None and self.objective.correction.token_cap is not None:
+            choices["correction.token_cap"] = self.objective.correction.token_cap
+        if choices and self.objective.old_logprobs == "trainer":
+            said = ", ".join(f"model.{name}={value}" for name, value in choices.items())
+            rank_zero_info(f"left open, and chosen at rollout.staleness={self.staleness}: {said}")
         if self.objective.old_logprobs == "trainer" and not self.wants_old_logprobs:
             rank_zero_info(
                 "model.old_logprobs=trainer: an iteration is a single optimizer step, whose own logprobs serve; there "
@@ -164,7 +189,7 @@ class StepwiseModule(pl.LightningModule):
         Every rank calls it together, does its share and gets all.
         """
         assert self.policy is not None
-        with self._training_precision():
+        with self.as_in_training():
             own = logprobs_of(self.policy.logprobs, samples, self._plan(samples), self.device)
         found = {i: logprobs for each in from_all_ranks(own) for i, logprobs in each.items()}
         return [replace(sample, old_logprobs=found[i]) for i, sample in enumerate(samples)]
@@ -182,7 +207,13 @@ class StepwiseModule(pl.LightningModule):
         scheduler = self.lr_schedulers()
         assert isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler)
         scheduler.step()
-        self._log_update(grad_norm, optimizer.param_groups[0]["lr"], time.perf_counter() - began)
+        self.log_update(
+            {
+                "train/grad_norm": float(grad_norm),
+                "train/lr": optimizer.param_groups[0]["lr"],
+                "seconds/train": time.perf_counter() - began,
+            }
+        )
 
     def _micro_batches(self, batch: MiniBatch) -> Iterable[MicroBatch]:
         """This rank's share."""
@@ -199,15 +230,15 @@ class StepwiseModule(pl.LightningModule):
         """This micro-batch's part of the loss of the mini-batch on all ranks."""
         assert self.policy is not None
         objective = self.objective
+        ref_logprobs = self.reference(batch) if self.reference and objective.asks_reference else None
         logprobs, entropies = self.policy(
             batch.token_ids, batch.response_mask, batch.temperatures, entropy_gradient=objective.entropy_bonus > 0
         )
         if objective.old_logprobs == "trainer" and not self.wants_old_logprobs:
             batch = replace(batch, old_logprobs=logprobs.detach())
-        ref_logprobs = self.reference(batch) if self.reference and objective.asks_reference else None
         said = objective(batch, logprobs, entropies, ref_logprobs)
         loss = (batch.weights * said.losses).sum()
-        self.update_metrics.update(loss, said.logged, len(logprobs), batch.token_ids.numel())
+        self.update_metrics.update(loss, said.logged, said.differences, len(logprobs), batch.token_ids.numel())
         # ddp and fsdp average the gradients of the ranks, while theirs is a sum over tokens
         return loss * self.trainer.world_size
 
@@ -215,98 +246,3 @@ class StepwiseModule(pl.LightningModule):
         """Norm before clipping."""
         limit = self.max_grad_norm or float("inf")
         return torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
-
-    def _log_update(self, grad_norm: Tensor, lr: float, seconds: float) -> None:
-        values = self.update_metrics.result()
-        values |= {"train/grad_norm": float(grad_norm), "train/lr": lr, "seconds/train": seconds}
-        self.log_dict(values, batch_size=1)
-        if self._rollout_is_new:
-            self._log_rollout()
-
-    def _log_rollout(self) -> None:
-        """Once per iteration, with its first optimizer step."""
-        values = self.rollout_metrics.result("rollout") | self._selection
-        self._rollout_is_new = False
-        self.log("reward", values["rollout/reward"], prog_bar=True, logger=False, batch_size=1)
-        self.log_dict(values, logger=False, batch_size=1)
-        for logger in self.loggers:  # self.log would repeat them at every further step of the iteration
-            logger.log_metrics(values, step=self.global_step - 1)
-
-    # ---- play, as it comes in
-
-    def on_rollout_end(self, rollout: Rollout) -> None:
-        """Called through the RolloutCallback's Fabric."""
-        if rollout.stage == "train":
-            self.rollout_metrics.update(rollout)
-            self._rollout_is_new = True
-
-    def on_selection(self, selection: Selection) -> None:
-        """The same, once an iteration."""
-        self._selection = selection.metrics
-
-    def validation_step(self, batch: Rollout, batch_idx: int) -> None:
-        """Count what was played."""
-        self.evaluation_metrics.update(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Accuracy and the rest, over all ranks."""
-        values = self._log_evaluation("val")
-        self.log("accuracy", values["val/accuracy"], prog_bar=True, logger=False, batch_size=1)
-
-    def test_step(self, batch: Rollout, batch_idx: int) -> None:
-        """Count what was played."""
-        self.evaluation_metrics.update(batch)
-
-    def on_test_epoch_end(self) -> None:
-        """Accuracy and the rest, over all ranks."""
-        self._log_evaluation("test")
-
-    def _log_evaluation(self, prefix: str) -> dict[str, float]:
-        values = self.evaluation_metrics.result(prefix)
-        self.log_dict(values, batch_size=1)
-        return values
-
-    def predict_step(self, batch: Rollout, batch_idx: int) -> list[dict[str, Any]]:
-        """The trajectories, as plain dictionaries, since Lightning refuses to move frozen dataclasses."""
-        return [asdict(trajectory) for trajectory in batch.trajectories]
-
-    # ---- what the RolloutCallback asks for
-
-    def weights(self) -> Iterable[tuple[str, Tensor]]:
-        """(Hugging Face name, full tensor), lazily and in the same order on every rank."""
-        assert self.policy is not None
-        for name, parameter in self.policy.language_model.named_parameters():
-            value = parameter.detach()
-            yield name, value.full_tensor() if hasattr(value, "full_tensor") else value
-
-    @torch.no_grad()
-    def score(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Tensor:
-        """[R] Log-probabilities of the response at temperature 1, without gradient."""
-        assert self.policy is not None
-        token_ids = torch.tensor([[*prompt_ids, *response_ids]], device=self.device)
-        mask = torch.zeros_like(token_ids, dtype=torch.bool)
-        mask[0, len(prompt_ids) :] = True
-        logprobs: Tensor = self.policy(token_ids, mask, torch.ones(len(response_ids), device=self.device))[0]
-        return logprobs
-
-    def reference_penalties(self, turns: Sequence[Turn], temperature: float) -> list[float] | None:
-        """What leaving the reference costs each of this rank's turns, to be taken from its reward; None: nothing does.
-
-        Every rank calls it together, be it without a turn.
-        """
-        kl = self.objective.kl
-        if self.reference is None or kl.place != "reward":
-            return None
-        samples = [as_sample(turn, temperature) for turn in turns]
-        (plan,) = plan_micro_batches([sample.num_tokens for sample in samples], self.max_tokens_per_micro_batch)
-        rounds = max(from_all_ranks(len(plan)))  # a sharded reference answers all ranks together
-        plan += [[] for _ in range(rounds - len(plan))]
-        with self._training_precision():
-            found = logprobs_of(self.reference, samples, plan, self.device)
-        penalties, estimates = price_of_turns(kl, turns, [found[i] for i in range(len(turns))])
-        self.update_metrics.observe({"kl": estimates.to(self.device)})
-        return penalties
-
-    def _training_precision(self) -> AbstractContextManager[None]:
-        """What ``training_step`` runs in, for what is computed outside of it."""
-        return self._trainer.precision_plugin.train_step_context() if self._trainer else nullcontext()

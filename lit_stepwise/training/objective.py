@@ -15,6 +15,27 @@ from lit_stepwise.errors import ConfigError
 from lit_stepwise.interfaces import PolicyLoss
 from lit_stepwise.types import MicroBatch
 
+OldLogprobs = Literal["rollout", "trainer"]
+"""What the ratios of the loss are against."""
+
+
+def chosen(
+    old_logprobs: OldLogprobs | None, correction: RolloutCorrection | None, staleness: int
+) -> tuple[OldLogprobs, RolloutCorrection]:
+    """Both with a choice in the place of None.
+
+    On-policy the engine's logprobs serve, and nothing is corrected. Where play runs ahead by ``staleness`` iterations,
+    the ratios are against the trainer's own, and the weights of a correction make up for what the policy moved since.
+    A correction asks for the trainer's in any case.
+    """
+    if old_logprobs is None:
+        asks_trainer = staleness > 0 or correction not in (None, RolloutCorrection())
+        old_logprobs = "trainer" if asks_trainer else "rollout"
+    if correction is None:
+        capped = staleness > 0 and old_logprobs == "trainer"
+        correction = RolloutCorrection(token_cap=2.0) if capped else RolloutCorrection()
+    return old_logprobs, correction
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLosses:
@@ -24,6 +45,8 @@ class TokenLosses:
     """[N] With gradient, before any weight of a reduction."""
     logged: Mapping[str, Tensor]
     """What is logged as ``train/<name>``, a mean over the tokens that are in it."""
+    differences: Tensor
+    """[n] Of the logprobs, trainer minus engine, where they are finite numbers."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +64,7 @@ class Objective:
     loss: PolicyLoss
     kl: KLPenalty
     entropy_bonus: float
-    old_logprobs: Literal["rollout", "trainer"]
+    old_logprobs: OldLogprobs
     correction: RolloutCorrection
 
     def __post_init__(self) -> None:
@@ -75,7 +98,7 @@ class Objective:
         fractions["non_finite"] = fractions["non_finite"] | ~finite
         finite = ~fractions["non_finite"]
         logged = {f"{name}_fraction": values for name, values in fractions.items()}
-        logged |= {"entropy": entropies[finite], "logprob_gap": (logprobs - batch.rollout_logprobs).abs()[finite]}
+        logged["entropy"] = entropies[finite]
         if self.old_logprobs == "trainer":
             logged["old_logprob_gap"] = (batch.old_logprobs - batch.rollout_logprobs).abs()[finite]
         if ref_logprobs is not None:
@@ -83,4 +106,5 @@ class Objective:
             logged["kl"] = self.kl.estimate(logprobs, ref_logprobs)[finite]
         if self.entropy_bonus:
             losses = losses - self.entropy_bonus * entropies.where(kept, 0.0)
-        return TokenLosses(losses, {name: values.detach() for name, values in logged.items()})
+        differences = (logprobs - batch.rollout_logprobs).detach()[finite]
+        return TokenLosses(losses, {name: values.detach() for name, values in logged.items()}, differences)

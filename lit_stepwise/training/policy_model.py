@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lit_stepwise.algo.logprobs import token_logprobs
+from lit_stepwise.algo.logprobs import entropy, token_logprobs
 from lit_stepwise.errors import ConfigError
 from lit_stepwise.types import MicroBatch
 
@@ -39,13 +41,28 @@ class PolicyModel(nn.Module):
         """Rows of the output embedding."""
         return len(self.language_model.get_output_embeddings().weight)
 
+    @contextmanager
+    def without_dropout(self) -> Iterator[None]:
+        """As engines compute, and whoever recomputes what they did."""
+        was_training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(was_training)
+
     def logprobs(self, batch: MicroBatch) -> Tensor:
         """[N] Those of ``forward``, alone."""
         logprobs: Tensor = self(batch.token_ids, batch.response_mask, batch.temperatures)[0]
         return logprobs
 
     def forward(
-        self, token_ids: Tensor, response_mask: Tensor, temperatures: Tensor, entropy_gradient: bool = False
+        self,
+        token_ids: Tensor,
+        response_mask: Tensor,
+        temperatures: Tensor,
+        entropy_gradient: bool = False,
+        summary: Callable[[Tensor], Tensor] = entropy,
     ) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy of every response token.
 
@@ -54,6 +71,7 @@ class PolicyModel(nn.Module):
             response_mask: [B, S] True on the N tokens asked for, never on the first of a row.
             temperatures: [N]
             entropy_gradient: the entropies carry a gradient, too.
+            summary: what to say of the distribution of each token in place of its entropy, as in ``token_logprobs``.
 
         Returns:
             logprobs [N] with gradient, entropies [N] without unless asked for; in row-major order of the mask.
@@ -62,4 +80,6 @@ class PolicyModel(nn.Module):
         asked = response_mask[:, 1:]
         head = self.language_model.get_output_embeddings().weight
         targets = token_ids[:, 1:][asked]
-        return token_logprobs(hidden[:, :-1][asked], head, targets, temperatures, self.chunk_tokens, entropy_gradient)
+        return token_logprobs(
+            hidden[:, :-1][asked], head, targets, temperatures, self.chunk_tokens, entropy_gradient, summary
+        )

@@ -11,13 +11,13 @@ from lit_stepwise import algo
 from lit_stepwise.algo import GiGPO, GroupRelative, LeaveOneOut, MaxRL, StateValueGAE, TurnReturn
 from lit_stepwise.errors import ConfigError
 from lit_stepwise.interfaces import Advantage
-from lit_stepwise.types import Feedback, StopReason, Trajectory, Turn
+from lit_stepwise.types import Feedback, StopReason, Trajectory, Turn, VersionSpan
 
 
 def trajectory(group: int, *rewards: float, keys: str = "") -> Trajectory:
     """``keys``: what each turn leaves behind, a letter each."""
     feedbacks = [Feedback("", {"r": r}, state_key=keys[i : i + 1] or None) for i, r in enumerate(rewards)]
-    turns = [Turn([1], [2], [-0.5], 0, "", feedback) for feedback in feedbacks]
+    turns = [Turn([1], [2], [-0.5], [VersionSpan(0, 1)], "", feedback) for feedback in feedbacks]
     return Trajectory(f"task-{group}", group, 0, turns, StopReason.DONE)
 
 

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.credit import ESTIMATORS, label, line, turn_factors
 from benchmarks.toy_mdps import attempts_at, moments, policy_gradient, stopping
 from lit_stepwise import algo
-from lit_stepwise.types import Feedback, StopReason, Trajectory, Turn
+from lit_stepwise.types import Feedback, StopReason, Trajectory, Turn, VersionSpan
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "credit.md").read_text()
@@ -31,7 +31,7 @@ def group_of_the_example() -> list[Trajectory]:
         for cell in filter(None, turns):
             _, reward, *state = (word.strip(" `") for word in cell.split(","))
             feedback = Feedback("", {"r": float(reward)}, state_key=state[0] if state else None)
-            played.append(Turn([1], [2], [-0.5], 0, "", feedback))
+            played.append(Turn([1], [2], [-0.5], [VersionSpan(0, 1)], "", feedback))
         group.append(Trajectory(f"task of {name}", 0, len(group), played, StopReason.DONE))
         assert f"{group[-1].reward:.2f}" == total
     return group
@@ -94,8 +94,8 @@ def test_the_estimator_of_your_own_works_as_it_stands() -> None:
     code = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)[0]
     names: dict[str, Any] = {"__name__": "my_credit"}
     exec(code, names)
-    won = Turn([1], [2], [-0.5], 0, "", Feedback("", done=True, success=True))
-    lost = Turn([1], [2], [-0.5], 0, "", Feedback("", done=True))
+    won = Turn([1], [2], [-0.5], [VersionSpan(0, 1)], "", Feedback("", done=True, success=True))
+    lost = Turn([1], [2], [-0.5], [VersionSpan(0, 1)], "", Feedback("", done=True))
     group = [Trajectory("task", 0, i, turns, StopReason.DONE) for i, turns in enumerate([[lost, won], [lost], [lost]])]
     values = names["Solved"]()(group)
     assert [x for row in values for x in row] == pytest.approx([2 / 3, 2 / 3, -1 / 3, -1 / 3])

@@ -16,7 +16,7 @@ from lit_stepwise.algo.filters import Filters, Selection
 from lit_stepwise.algo.reductions import Reduction, token_weights
 from lit_stepwise.errors import ConfigError, StepwiseError
 from lit_stepwise.interfaces import PolicyLoss
-from lit_stepwise.types import Feedback, StepSample, StopReason, Trajectory, Turn
+from lit_stepwise.types import Feedback, StepSample, StopReason, Trajectory, Turn, VersionSpan
 
 DONE, MAX_TURNS, CONTEXT, FAILED = StopReason.DONE, StopReason.MAX_TURNS, StopReason.CONTEXT, StopReason.FAILED
 CREDIT = (Path(__file__).parents[2] / "docs" / "credit.md").read_text()
@@ -25,7 +25,16 @@ CREDIT = (Path(__file__).parents[2] / "docs" / "credit.md").read_text()
 def turn(num_tokens: int = 1, reward: float = 0.0, success: bool = False, cut: bool = False, **others: Any) -> Turn:
     feedback = Feedback("", {"r": reward}, done=success, success=success)
     finish: Any = "length" if cut else "stop"
-    return Turn([1], [2] * num_tokens, [-0.5] * num_tokens, 0, "", feedback, finish_reason=finish, **others)
+    return Turn(
+        [1],
+        [2] * num_tokens,
+        [-0.5] * num_tokens,
+        [VersionSpan(0, num_tokens)],
+        "",
+        feedback,
+        finish_reason=finish,
+        **others,
+    )
 
 
 def attempt(group: int, *turns: Turn, stop: StopReason = DONE) -> Trajectory:

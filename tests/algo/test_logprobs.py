@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lit_stepwise.algo.logprobs import token_logprobs
+from lit_stepwise.algo.logprobs import likeliest, token_logprobs
 
 
 def test_two_tokens_worked_by_hand() -> None:
@@ -49,6 +49,17 @@ def test_entropies_carry_the_gradient_of_the_formula_when_asked_to_and_none_othe
     assert not token_logprobs(hidden, head, targets, temperatures, chunk)[1].requires_grad
     with torch.no_grad():
         assert not token_logprobs(hidden, head, targets, temperatures, chunk, entropy_gradient=True)[1].requires_grad
+
+
+@pytest.mark.parametrize("chunk", [100, 2])
+def test_the_likeliest_token_may_stand_in_the_place_of_the_entropy(chunk: int) -> None:
+    # probabilities 1/4 and 3/4, at temperature 0.5 1/10 and 9/10, and the other way round
+    hidden = torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
+    head, temperatures = torch.tensor([[0.0, 5.0], [math.log(3), 7.0]]), torch.tensor([1.0, 0.5, 1.0])
+    targets = torch.tensor([0, 1, 1])
+    logprobs, best = token_logprobs(hidden, head, targets, temperatures, chunk, summary=likeliest)
+    assert logprobs.exp().tolist() == pytest.approx([1 / 4, 9 / 10, 1 / 4])
+    assert best.exp().tolist() == pytest.approx([3 / 4, 9 / 10, 3 / 4])
 
 
 @pytest.mark.parametrize(("given", "expected"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])

@@ -7,13 +7,13 @@ import pytest
 from lit_stepwise.algo import GiGPO, GroupRelative, StateValueGAE
 from lit_stepwise.errors import ConfigError
 from lit_stepwise.interfaces import Advantage
-from lit_stepwise.types import Feedback, StopReason, Trajectory, Turn
+from lit_stepwise.types import Feedback, StopReason, Trajectory, Turn, VersionSpan
 
 
 def attempt(*turns: tuple[float, str | None]) -> Trajectory:
     """The reward of each turn and the state that it leaves behind."""
     feedbacks = [Feedback("", {"r": reward}, state_key=key) for reward, key in turns]
-    played = [Turn([1], [2], [-0.5], 0, "", feedback) for feedback in feedbacks]
+    played = [Turn([1], [2], [-0.5], [VersionSpan(0, 1)], "", feedback) for feedback in feedbacks]
     return Trajectory("task-3", 0, 0, played, StopReason.DONE)
 
 

@@ -55,7 +55,7 @@ class Recorder(TransformersEngine):
     def step(self) -> list[Completion]:
         completions = super().step()
         if not self.greedy:
-            self.written |= {(each.policy_version, each.request_id): list(each.response_ids) for each in completions}
+            self.written |= {(self.policy_version, each.request_id): list(each.response_ids) for each in completions}
         return completions
 
 

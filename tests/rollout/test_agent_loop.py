@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lit_stepwise.errors import EngineError
 from lit_stepwise.interfaces import Environment, Episode
-from lit_stepwise.rollout.agent_loop import AgentLoop, Attempt, mix_seed
+from lit_stepwise.rollout.agent_loop import AgentLoop, Attempt, Stopped, mix_seed
 from lit_stepwise.rollout.rendering import ChatRenderer
 from lit_stepwise.testing import Countdown, CountdownTask, ScriptedEngine
-from lit_stepwise.types import Feedback, Limits, Message, Request, Sampling, StopReason, Task, Trajectory
+from lit_stepwise.types import Deadlines, Feedback, Limits, Message, Request, Sampling, StopReason, Task, Trajectory
 
 
 @pytest.fixture(scope="session")
@@ -46,15 +47,28 @@ def loop_of(engine: ScriptedEngine, renderer: ChatRenderer, environment: Environ
     limits = Limits(
         **{"max_prompt_tokens": 60, "max_context_tokens": 120, "max_turns": 4, **settings.pop("limits", {})}
     )
-    return AgentLoop(engine, environment, renderer, limits, Sampling(), settings.get("deterministic", True), 4)
+    return AgentLoop(
+        engine,
+        environment,
+        renderer,
+        limits,
+        settings.get("deterministic", True),
+        settings.get("num_threads", 4),
+        settings.get("deadlines", Deadlines()),
+    )
+
+
+def attempts_at(*goals: int, sampling: Sampling) -> list[Attempt]:
+    return [
+        Attempt(CountdownTask(task_id=f"goal-{goal}", goal=goal), i, 0, (5, 0, 2), sampling)
+        for i, goal in enumerate(goals)
+    ]
 
 
 def play(loop: AgentLoop, *goals: int) -> list[Trajectory]:
-    attempts = [
-        Attempt(CountdownTask(task_id=f"goal-{goal}", goal=goal), i, 0, (5, 0, 2)) for i, goal in enumerate(goals)
-    ]
+    attempts = attempts_at(*goals, sampling=Sampling())
     loop.play(attempts)
-    return [attempt.trajectory(1.0) for attempt in attempts]
+    return [attempt.trajectory() for attempt in attempts]
 
 
 def test_a_trajectory_goes_on_until_the_environment_is_done(tokenizer: Any, renderer: ChatRenderer) -> None:
@@ -83,9 +97,10 @@ def test_the_engine_stops_where_environment_and_settings_say(tokenizer: Any, ren
     engine = ScriptedEngine(Speaker(tokenizer, "1"))
     game = Countdown()
     game.stop = ("</move>",)
-    loop = AgentLoop(engine, game, renderer, Limits(60, 120), Sampling(0.25, 0.5, ("!",)), True, 1)
-    play(loop, 3)
+    attempts = attempts_at(3, sampling=Sampling(0.25, 0.5, ("!",)))
+    loop_of(engine, renderer, game).play(attempts)
     assert [request.sampling for request in engine.requests] == [Sampling(0.25, 0.5, ("</move>", "!"))]
+    assert attempts[0].trajectory().temperature == 0.25
 
 
 def test_turns_and_context_end_a_trajectory_with_their_reason(tokenizer: Any, renderer: ChatRenderer) -> None:
@@ -224,3 +239,104 @@ def test_seeds_depend_on_every_part_and_on_nothing_else() -> None:
     parts = (1, 2, 3)
     assert mix_seed(*parts) == mix_seed(*parts)
     assert len({mix_seed(*parts), mix_seed(2, 2, 3), mix_seed(1, 3, 3), mix_seed(1, 2, 4), mix_seed(1, 2)}) == 5
+
+
+class Hanging(Countdown):
+    """Never answers the attempts at goal 1, until it is released."""
+
+    released: threading.Event
+
+    def start(self, task: Task, max_turns: int) -> Episode:
+        episode = super().start(task, max_turns)
+        if task.goal == 1:  # type: ignore[attr-defined]
+            answer = episode.step
+            episode.step = lambda response: answer(response) if self.released.wait(20) else None  # type: ignore[method-assign]
+        return episode
+
+
+@pytest.fixture
+def hanging() -> Iterator[Hanging]:
+    game = Hanging()
+    game.released = threading.Event()
+    yield game
+    game.released.set()
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_an_environment_that_hangs_fails_its_own_trajectory_and_holds_up_no_other(
+    tokenizer: Any, renderer: ChatRenderer, hanging: Hanging, deterministic: bool
+) -> None:
+    engine = ScriptedEngine(Speaker(tokenizer, "12345", "12"), batch=2)
+    loop = loop_of(
+        engine,
+        renderer,
+        hanging,
+        deterministic=deterministic,
+        deadlines=Deadlines(turn_seconds=0.2),
+        num_threads=1,  # and that one hangs
+    )
+    hung, fine = play(loop, 1, 2)
+    assert hung.failure == "rollout.deadlines.turn_seconds=0.2 ran out, waiting for the environment"
+    assert (hung.turns, fine.success, [turn.text for turn in fine.turns]) == ((), True, ["12345", "12"])
+
+
+@pytest.mark.parametrize("name", ["turn_seconds", "trajectory_seconds", "phase_seconds"])
+def test_what_the_engine_never_answers_is_given_up_when_a_deadline_runs_out(
+    tokenizer: Any, renderer: ChatRenderer, name: str
+) -> None:
+    engine = ScriptedEngine(Speaker(tokenizer, "1"), batch=0)
+    (trajectory,) = play(loop_of(engine, renderer, Countdown(), deadlines=Deadlines(**{name: 0.15})), 3)
+    assert trajectory.failure == f"rollout.deadlines.{name}=0.15 ran out, waiting for the engine"
+    assert engine.num_pending == 0
+
+
+def test_a_deadline_of_a_turn_begins_anew_with_every_turn_and_that_of_a_trajectory_does_not(
+    tokenizer: Any, renderer: ChatRenderer
+) -> None:
+    game = Sluggish(slow=(1,))  # 0.05 seconds a turn
+    speaker = Speaker(tokenizer, "12345", "1234", "123", "12", "1")
+    limits = {"max_turns": 5, "max_context_tokens": 400}
+    turn, whole = Deadlines(turn_seconds=0.15), Deadlines(trajectory_seconds=0.12)
+    (played,) = play(loop_of(ScriptedEngine(speaker), renderer, game, deadlines=turn, limits=limits), 1)
+    (ended,) = play(loop_of(ScriptedEngine(speaker), renderer, game, deadlines=whole, limits=limits), 1)
+    assert (played.success, len(played.turns)) == (True, 5)
+    assert ended.failed
+    assert 1 <= len(ended.turns) < 5
+
+
+def test_play_ends_when_it_is_told_to(tokenizer: Any, renderer: ChatRenderer, hanging: Hanging) -> None:
+    loop = loop_of(ScriptedEngine(Speaker(tokenizer, "12345")), renderer, hanging)
+    threading.Timer(0.1, setattr, (loop.turnstile, "stopped", True)).start()
+    with pytest.raises(Stopped):
+        play(loop, 1)
+
+
+def test_what_was_finished_while_others_used_the_engine_is_played_on(tokenizer: Any, renderer: ChatRenderer) -> None:
+    engine = ScriptedEngine(Speaker(tokenizer, "12345", "1"), batch=0)
+    loop = loop_of(engine, renderer, Countdown())
+    submit = engine.submit
+
+    def finish_elsewhere(request: Request) -> None:
+        submit(request)
+        engine.batch = 1
+        loop.turnstile.stash += engine.step()
+        engine.batch = 0
+
+    engine.submit = finish_elsewhere  # type: ignore[method-assign]
+    (trajectory,) = play(loop, 1)
+    assert [turn.text for turn in trajectory.turns] == ["12345", "1"]
+    assert loop.turnstile.stash == []
+
+
+def test_an_engine_that_dies_leaves_attempts_that_can_be_given_up(tokenizer: Any, renderer: ChatRenderer) -> None:
+    def speak(request: Request) -> Sequence[int]:
+        if request.request_id == "1-0-1":
+            raise EngineError("the engine is gone")
+        return tokenizer({"0": "1", "1": "12345"}[request.request_id[0]])["input_ids"]
+
+    loop, attempts = loop_of(ScriptedEngine(speak), renderer, Countdown()), attempts_at(1, 1, sampling=Sampling())
+    with pytest.raises(EngineError, match="the engine is gone"):
+        loop.play(attempts)
+    loop.give_up(attempts, "the engine failed")
+    done, lost = (attempt.trajectory() for attempt in attempts)
+    assert (done.success, lost.failure, len(lost.turns)) == (True, "the engine failed", 1)

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from lightning.fabric import Fabric
 
-from lit_stepwise.errors import ConfigError
-from lit_stepwise.rollout.collector import Collector
+from lit_stepwise.errors import ConfigError, EngineError
+from lit_stepwise.rollout.collector import Collector, Replica
 from lit_stepwise.rollout.rendering import ChatRenderer
 from lit_stepwise.testing import Countdown, CountdownTask, ScriptedEngine
-from lit_stepwise.types import Limits, Prepared, Sampling, Task
+from lit_stepwise.types import Completion, Deadlines, Limits, Prepared, Sampling, Task
 
 
 class Choosy(Countdown):
@@ -40,7 +40,7 @@ def collector(renderer: ChatRenderer, max_prompt_tokens: int = 200) -> Collector
     fabric = Fabric(accelerator="cpu", devices=1)
     engine = ScriptedEngine(lambda request: [1, 2])
     engine.start("", 300)
-    return Collector(fabric, engine, Choosy(), renderer, limits, deterministic=True, num_threads=2, seed=0)
+    return Collector(fabric, engine, Choosy(), renderer, limits, Deadlines(), deterministic=True, num_threads=2, seed=0)
 
 
 def tasks(*goals: int) -> list[Task]:
@@ -72,10 +72,70 @@ def test_it_is_an_error_when_no_prompt_is_within_its_budget(renderer: ChatRender
 
 
 def test_a_phase_reports_what_the_counters_of_the_environment_grew_by(renderer: ChatRenderer) -> None:
-    rollout = collector(renderer).play(tasks(1), 1, Sampling(), stage="train", iteration=0)
+    rollout = collector(renderer).play(tasks(1), [Sampling()], stage="train", iteration=0)
     assert rollout.environment_stats == {"turns": 10}
 
 
 def test_a_further_phase_of_an_iteration_counts_its_groups_on(renderer: ChatRenderer) -> None:
-    rollout = collector(renderer).play(tasks(1, 3), 2, Sampling(), stage="train", iteration=0, first_group=5)
-    assert [(each.group, each.sample) for each in rollout.trajectories] == [(5, 0), (5, 1), (6, 0), (6, 1)]
+    rollout = collector(renderer).play(
+        tasks(1, 3), [Sampling(0.5), Sampling(0.25)], stage="train", iteration=0, first_group=5
+    )
+    assert [(each.group, each.sample, each.temperature) for each in rollout.trajectories] == [
+        (5, 0, 0.5),
+        (5, 1, 0.25),
+        (6, 0, 0.5),
+        (6, 1, 0.25),
+    ]
+
+
+class Ranks:
+    """A fabric of several ranks, as seen by one of them."""
+
+    def __init__(self, global_rank: int, world_size: int) -> None:
+        self.global_rank = global_rank
+        self.world_size = world_size
+
+
+def test_neighbouring_ranks_share_an_engine_and_the_first_of_them_leads() -> None:
+    engine = ScriptedEngine(lambda request: [1])
+    engine.tensor_parallel_size = 2
+    replicas = [Replica.of(Ranks(rank, 6), engine) for rank in range(6)]  # type: ignore[arg-type]
+    assert [(each.index, each.count, each.leads) for each in replicas] == [
+        (0, 3, True),
+        (0, 3, False),
+        (1, 3, True),
+        (1, 3, False),
+        (2, 3, True),
+        (2, 3, False),
+    ]
+
+
+def test_ranks_that_cannot_be_shared_out_evenly_are_refused_with_what_would_work() -> None:
+    engine = ScriptedEngine(lambda request: [1])
+    engine.tensor_parallel_size = 4
+    with pytest.raises(ConfigError, match=r"size=4 does not divide the 6 ranks .* use one of 1, 2, 3, 6,"):
+        Replica.of(Ranks(0, 6), engine)  # type: ignore[arg-type]
+
+
+class Mortal(ScriptedEngine):
+    """Fails with its third answer."""
+
+    ended = 0
+
+    def step(self) -> list[Completion]:
+        if len(self.requests) > 2:
+            raise EngineError("out of order")
+        return super().step()
+
+    def end_phase(self) -> None:
+        self.ended += 1
+
+
+def test_an_engine_that_fails_ends_the_phase_but_not_the_run(renderer: ChatRenderer) -> None:
+    playing = collector(renderer)
+    playing.engine = Mortal(lambda request: [1, 2])
+    playing.limits = Limits(max_prompt_tokens=200, max_context_tokens=300, max_turns=2)
+    rollout = playing.play(tasks(1, 3), [Sampling()], stage="train", iteration=0)
+    assert rollout.engine_failure == "out of order"
+    assert {each.failure for each in rollout.trajectories} == {"the engine failed"}
+    assert playing.engine.ended == 1

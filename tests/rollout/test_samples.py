@@ -10,17 +10,14 @@ from pathlib import Path
 import pytest
 
 from lit_stepwise.algo import TurnReturn
-from lit_stepwise.errors import EngineError
 from lit_stepwise.rollout.samples import assign_credit, step_samples
 from lit_stepwise.rollout.store import TrajectoryStore, read_trajectories
-from lit_stepwise.rollout.weight_sync import sync_weights
-from lit_stepwise.testing import ScriptedEngine
-from lit_stepwise.types import Feedback, StepSample, StopReason, Trajectory, Turn
+from lit_stepwise.types import Feedback, StepSample, StopReason, Trajectory, Turn, VersionSpan
 
 
 def turn(token: int, reward: float) -> Turn:
     feedback = Feedback(f"saw {token}", {"format": reward / 4, "outcome": reward * 3 / 4})
-    return Turn([token, token + 1], [token + 2], [-0.1 * token], 11, f"said {token}", feedback)
+    return Turn([token, token + 1], [token + 2], [-0.1 * token], [VersionSpan(11, 1)], f"said {token}", feedback)
 
 
 SOUND = Trajectory("a", 0, 0, [turn(10, 1.0), turn(20, 2.0)], StopReason.DONE, temperature=0.7)
@@ -47,7 +44,15 @@ def test_every_turn_becomes_a_sample_with_its_own_ids_reward_and_advantage() -> 
 
 def said(prompt: list[int], response: list[int], reward: float, token_rewards: Sequence[float] = ()) -> Turn:
     logprobs = [-token / 100 for token in response]
-    return Turn(prompt, response, logprobs, 7, "", Feedback("", {"r": reward}), token_rewards=token_rewards)
+    return Turn(
+        prompt,
+        response,
+        logprobs,
+        [VersionSpan(7, len(response))],
+        "",
+        Feedback("", {"r": reward}),
+        token_rewards=token_rewards,
+    )
 
 
 CONTINUED = Trajectory(
@@ -131,38 +136,3 @@ def test_a_crash_while_writing_leaves_the_last_file_whole(tmp_path: Path, monkey
     assert path.read_text() == before
     monkeypatch.undo()
     assert read_trajectories(store.write("play", [OTHER])) != [json.loads(before)]
-
-
-class FixedPolicy:
-    """Scores every token the same."""
-
-    model_path = ""
-
-    def __init__(self, logprob: float) -> None:
-        self.logprob = logprob
-
-    def weights(self):  # type: ignore[no-untyped-def]
-        import torch
-
-        yield "w", torch.tensor([2.0])
-
-    def score(self, prompt_ids, response_ids):  # type: ignore[no-untyped-def]
-        import torch
-
-        return torch.full((len(response_ids),), self.logprob)
-
-
-def test_a_weight_sync_is_proved_by_a_probe() -> None:
-    engine = ScriptedEngine(lambda request: [1, 2, 3], logprob=-0.5)
-    gap = sync_weights(engine, FixedPolicy(-0.75), 12, probe_ids=[4], max_gap=0.3)
-    assert gap == pytest.approx(0.25)
-    assert (engine.weights["w"].item(), engine.policy_version) == (2.0, 12)
-    (probe,) = engine.requests
-    assert (list(probe.prompt_ids), probe.sampling.temperature) == ([4], 0.0)
-
-
-@pytest.mark.parametrize("logprob", [-0.1, float("nan")])
-def test_an_engine_that_plays_another_policy_stops_the_run(logprob: float) -> None:
-    engine = ScriptedEngine(lambda request: [1], logprob=-0.5)
-    with pytest.raises(EngineError, match=r"after the weight sync of step 12 .*rollout.max_logprob_gap=0\.3"):
-        sync_weights(engine, FixedPolicy(logprob), 12, probe_ids=[4], max_gap=0.3)

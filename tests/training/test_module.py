@@ -15,8 +15,7 @@ from lit_stepwise.algo.microbatches import collate
 from lit_stepwise.errors import ConfigError
 from lit_stepwise.interfaces import PolicyLoss
 from lit_stepwise.training import StepwiseModule
-from lit_stepwise.training.metrics import RolloutMetrics
-from lit_stepwise.types import Feedback, LossOutput, MiniBatch, Rollout, StepSample, StopReason, Trajectory, Turn
+from lit_stepwise.types import LossOutput, MiniBatch, StepSample
 
 LOSS = DualClip(low=0.1, high=0.3, dual=2.0)
 
@@ -117,12 +116,25 @@ def test_trained_tokens_are_the_response_tokens_and_forwarded_tokens_include_pad
         assert values["tokens/forwarded"] == 6 * 15
 
 
-def test_score_equals_the_full_logits(module: StepwiseModule) -> None:
+def test_score_equals_the_full_logits_and_says_how_likely_the_likeliest_token_was(module: StepwiseModule) -> None:
     assert module.policy is not None
     ids = torch.tensor([[5, 6, 7, 8]])
     logprobs = module.policy.language_model(input_ids=ids).logits.log_softmax(-1)
-    expected = [logprobs[0, 1, 7], logprobs[0, 2, 8]]
-    torch.testing.assert_close(module.score([5, 6], [7, 8]), torch.stack(expected), rtol=0, atol=1e-5)
+    got, best = module.score([5, 6], [7, 8])
+    torch.testing.assert_close(got, torch.stack([logprobs[0, 1, 7], logprobs[0, 2, 8]]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(best, logprobs[0, 1:3].max(-1).values, rtol=0, atol=1e-5)
+    assert not got.requires_grad
+
+
+def test_score_is_without_dropout_and_leaves_the_model_as_it_was(module: StepwiseModule) -> None:
+    assert module.policy is not None
+    dropout = torch.nn.Dropout(0.5)
+    module.policy.language_model.model.layers[0].register_forward_hook(lambda layer, given, output: dropout(output))
+    module.policy.language_model.model.layers[0].dropout = dropout
+    assert module.policy.training
+    first, second = (module.score([5, 6], [7, 8])[0] for _ in range(2))
+    assert torch.equal(first, second)
+    assert dropout.training
 
 
 def test_weights_have_the_names_of_hugging_face_and_tied_ones_come_once(module: StepwiseModule) -> None:
@@ -138,56 +150,3 @@ def test_a_checkpoint_of_another_architecture_is_refused_by_name(module: Stepwis
     name = "policy.language_model.model.norm.weight"
     with pytest.raises(ConfigError, match=rf"another architecture .* 1 tensors differ, the first {name} .*\(7,\)"):
         module.on_load_checkpoint({"state_dict": {**state, name: torch.zeros(7)}})
-
-
-def turn(reward: float, tokens: int, **feedback: Any) -> Turn:
-    rewards = {"outcome": reward - 0.125, "format": 0.125}
-    return Turn([1], [2] * tokens, [-0.5] * tokens, 0, "", Feedback("", rewards, **feedback))
-
-
-def test_rollout_metrics_are_means_over_what_did_not_fail() -> None:
-    done = {"done": True, "success": True}
-    trajectories = [
-        Trajectory("a", 0, 0, [turn(0.25, 3), turn(1.0, 5, **done)], StopReason.DONE),
-        Trajectory("a", 0, 1, [turn(-0.5, 4, format_error=True)], StopReason.MAX_TURNS),
-        Trajectory("b", 1, 0, [turn(50.0, 11)], StopReason.FAILED, failure="disk full"),
-    ]
-    metrics = RolloutMetrics()
-    rollout = Rollout("train", 0, 0, trajectories, 1.5, 2.5, 0.25, 3.5, 6, {"kills": 2.0, "queue_seconds": 0.75})
-    metrics.update(rollout)
-    values = {name: float(value) for name, value in metrics.result("rollout").items()}
-    assert values == pytest.approx(
-        {
-            "rollout/reward": (1.25 - 0.5) / 2,
-            "rollout/reward_outcome": (1.25 - 0.5 - 3 * 0.125) / 2,
-            "rollout/reward_format": 3 * 0.125 / 2,
-            "rollout/accuracy": 0.5,
-            "rollout/turns": 1.5,
-            "rollout/format_errors": 1 / 3,
-            "rollout/failed": 1 / 3,
-            "rollout/response_tokens": 4.0,
-            "seconds/engine": 1.5,
-            "seconds/environment": 2.5,
-            "seconds/sync": 0.25,
-            "seconds/play": 3.5,
-            "tokens/generated": 23.0,
-            "tokens/cached": 6.0,
-            "environment/kills": 2.0,
-            "environment/queue_seconds": 0.75,
-        }
-    )
-
-
-def test_counts_of_several_rounds_of_play_add_up() -> None:
-    metrics = RolloutMetrics()
-    for kills in (2.0, 5.0):
-        metrics.update(Rollout("train", 0, 0, [], environment_stats={"kills": kills}))
-    assert metrics.result("rollout")["environment/kills"] == 7.0
-
-
-def test_an_evaluation_has_its_components_too_and_starts_afresh() -> None:
-    metrics = RolloutMetrics()
-    for reward in (0.5, 2.0):
-        trajectory = Trajectory("a", 0, 0, [turn(reward, 3)], StopReason.DONE)
-        metrics.update(Rollout("evaluate", -1, 0, [trajectory]))
-        assert metrics.result("val")["val/reward_outcome"] == reward - 0.125

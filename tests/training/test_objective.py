@@ -162,6 +162,17 @@ def naive_gradient(module: StepwiseModule, samples: list[StepSample]) -> list[Te
     return list(torch.autograd.grad(total, parameters(module)))
 
 
+def own_logprobs(module: StepwiseModule, sample: StepSample) -> list[float]:
+    """[R] The policy's, of the response tokens."""
+    assert module.policy is not None
+    ids = torch.tensor([[*sample.prompt_ids, *sample.response_ids]])
+    logprobs = (module.policy.language_model(input_ids=ids).logits[0] / sample.temperature).log_softmax(-1)
+    found: list[float] = logprobs[
+        range(len(sample.prompt_ids) - 1, sample.num_tokens - 1), sample.response_ids
+    ].tolist()
+    return found
+
+
 def check_equal(got: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
     """The tolerance is relative to the largest number, or to 1."""
     largest = max(float(each.abs().max()) for each in expected)
@@ -250,13 +261,7 @@ def test_a_trajectory_in_one_row_has_the_gradient_of_its_turns_in_rows_of_their_
 @pytest.mark.usefixtures("exact")
 def test_in_an_iteration_of_one_step_the_old_logprobs_are_those_of_the_step() -> None:
     module = module_with(num_steps=1, **{**ALL, "correction": RolloutCorrection(token_cap=1.25)})
-    assert module.policy is not None
-    samples = []
-    for each in rows():
-        ids = torch.tensor([[*each.prompt_ids, *each.response_ids]])
-        logprobs = (module.policy.language_model(input_ids=ids).logits[0] / each.temperature).log_softmax(-1)
-        places = range(len(each.prompt_ids) - 1, each.num_tokens - 1)
-        samples.append(replace(each, old_logprobs=logprobs[places, list(each.response_ids)].tolist()))
+    samples = [replace(each, old_logprobs=own_logprobs(module, each)) for each in rows()]
     check_equal(gradient_of(module, rows()), naive_gradient(module, samples), 1e-12)
 
 
@@ -289,6 +294,14 @@ def test_what_is_logged_is_the_loss_and_means_over_sampled_tokens() -> None:
         if sampled
     ]
     assert values["train/old_logprob_gap"] == pytest.approx(sum(gaps) / 20, rel=1e-5)
+    differences = [
+        own_logprobs(module, each)[position] - each.rollout_logprobs[position]
+        for each in rows()
+        for position, sampled in enumerate(each.response_mask)
+        if sampled
+    ]
+    assert values["train/logprob_gap"] == pytest.approx(sum(map(abs, differences)) / 20, rel=1e-5)
+    assert values["train/rollout_kl"] == pytest.approx(sum(math.exp(d) - 1 - d for d in differences) / 20, rel=1e-5)
     assert values["tokens/trained"] == 20
     assert values["train/outlier_mask_fraction"] == pytest.approx((5 + 4) / 20)
     fractions = {name for name in values if name.endswith("_fraction")}
@@ -308,13 +321,40 @@ def test_an_update_asks_neither_reference_nor_trainer_for_logprobs_it_does_not_n
     assert not {"train/kl", "train/old_logprob_gap"} & module.update_metrics.result().keys()
 
 
+NONE, CAPPED, BAND = RolloutCorrection(), RolloutCorrection(token_cap=2.0), RolloutCorrection(outlier_band=(0.5, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("old_logprobs", "correction", "on_policy", "running_ahead"),
+    [
+        (None, None, ("rollout", NONE), ("trainer", CAPPED)),
+        (None, BAND, ("trainer", BAND), ("trainer", BAND)),
+        (None, NONE, ("rollout", NONE), ("trainer", NONE)),
+        ("trainer", None, ("trainer", NONE), ("trainer", CAPPED)),
+        ("trainer", BAND, ("trainer", BAND), ("trainer", BAND)),
+        ("rollout", None, ("rollout", NONE), ("rollout", NONE)),
+    ],
+)
+def test_what_is_left_open_is_chosen_by_how_play_runs(
+    old_logprobs: Any, correction: Any, on_policy: Any, running_ahead: Any
+) -> None:
+    module = StepwiseModule("unused", old_logprobs=old_logprobs, correction=correction)
+    for staleness, expected in ((0, on_policy), (1, running_ahead), (3, running_ahead)):
+        module.staleness = staleness
+        module.setup("fit")
+        assert (module.objective.old_logprobs, module.objective.correction) == expected
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"entropy_bonus": -0.5}, r"model\.entropy_bonus=-0\.5 is not 0 or more; use"),
         ({"entropy_bonus": math.inf}, r"model\.entropy_bonus=inf is not 0 or more; use"),
         ({"old_logprobs": "engine"}, r"model\.old_logprobs='engine' is unknown; use 'rollout' or 'trainer'"),
-        ({"correction": RolloutCorrection(sequence_cap=3.0)}, r"sequence_cap=3\.0.*use model\.old_logprobs='trainer'"),
+        (
+            {"old_logprobs": "rollout", "correction": RolloutCorrection(sequence_cap=3.0)},
+            r"sequence_cap=3\.0.*use model\.old_logprobs='trainer'",
+        ),
         ({"reduction": "mean"}, r"model\.reduction='mean' is unknown; use one of token, step, trajectory"),
         ({"max_response_tokens": 0}, r"model\.max_response_tokens=0; use 1 or more"),
         ({"reference_path": "base"}, r"model\.reference_path='base' has no effect while model\.kl\.coefficient is 0"),

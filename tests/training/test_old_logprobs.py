@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,23 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from lit_stepwise.algo import KLPenalty
+from lit_stepwise.algo import KLPenalty, RolloutCorrection
 from lit_stepwise.testing import CountdownTasks, exact_logprobs, save_tiny_model
-from lit_stepwise.training import StepwiseModule, TaskDataModule
+from lit_stepwise.training import Lora, StepwiseModule, TaskDataModule
 from lit_stepwise.training.experience import unpack
 from lit_stepwise.training.policy_model import PolicyModel
 from lit_stepwise.training.scoring import logprobs_of
-from lit_stepwise.types import MiniBatch, Rollout, StepSample, Task
+from lit_stepwise.types import (
+    Feedback,
+    MiniBatch,
+    Rollout,
+    StepSample,
+    StopReason,
+    Task,
+    Trajectory,
+    Turn,
+    VersionSpan,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of small machines
 
@@ -26,14 +36,17 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of small machi
 class Plays(pl.Callback):
     """Deals out samples in place of a ``RolloutCallback``, and looks on."""
 
-    def __init__(self, save_after: tuple[int, Path] | None = None) -> None:
+    def __init__(self, save_after: tuple[int, Path] | None = None, staleness: int = 0) -> None:
         self.save_after = save_after
+        self.staleness = staleness
         self.batches: list[MiniBatch] = []
         self.metrics: list[dict[str, Any]] = []
         self.before: PolicyModel | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         trainer.datamodule.player = self
+        pl_module.staleness = self.staleness
+        self.module = pl_module
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.before = deepcopy(pl_module.policy)
@@ -50,9 +63,13 @@ class Plays(pl.Callback):
     def evaluate(self, tasks: Sequence[Task]) -> Rollout:
         raise NotImplementedError
 
-    def collect(self, iteration: int, tasks: Sequence[Task], further: Iterator[Task]) -> list[StepSample]:
+    def collect(self, iteration: int) -> list[StepSample]:
+        # always played by the weights of the beginning
+        turn = Turn([1], [2, 3], [-0.5, -0.25], [VersionSpan(0, 2)], "", Feedback("", {"goal": iteration + 0.5}))
+        played = [Trajectory("a", 0, 0, [turn], StopReason.DONE)]
+        self.module.on_rollout_end(Rollout("train", iteration, 0, played))
         draw = torch.Generator().manual_seed(iteration)
-        return [sample(draw, group, 2 + turn, 3 + 2 * turn) for turn in range(3) for group in range(len(tasks))]
+        return [sample(draw, group, 2 + turn, 3 + 2 * turn) for turn in range(3) for group in range(4)]
 
 
 def sample(draw: torch.Generator, group: int, num_prompt: int, num_response: int) -> StepSample:
@@ -84,9 +101,8 @@ def fit(
     module = StepwiseModule(
         str(model_path),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
-        old_logprobs="trainer",
         max_tokens_per_micro_batch=16,
-        **(model or {}),
+        **({"old_logprobs": "trainer"} | (model or {})),
     )
     tasks = TaskDataModule(CountdownTasks(), train_files="4", tasks_per_iteration=4, **data)
     trainer = pl.Trainer(
@@ -112,7 +128,8 @@ def test_every_step_of_an_iteration_has_the_logprobs_of_before_its_first(tiny_mo
     gaps = [float(metrics["train/old_logprob_gap"]) for metrics in plays.metrics]
     assert gaps[:2] == gaps[2:]  # of the same mini-batches
     assert gaps[0] != gaps[1]
-    assert [float(metrics["train/logprob_gap"]) == gap for metrics, gap in zip(plays.metrics, gaps, strict=True)] == [
+    own = [float(metrics["train/logprob_gap"]) for metrics in plays.metrics]
+    assert [own[i] == pytest.approx(gaps[i], rel=1e-6) for i in range(4)] == [
         True,  # the first step is the only one whose own logprobs are the old ones
         False,
         False,
@@ -135,14 +152,17 @@ def test_an_iteration_of_one_step_uses_that_steps_own_and_says_so_once(
     assert "model.old_logprobs=trainer: an iteration is a single optimizer step" in said[0]
     assert len(plays.metrics) == 3
     for metrics in plays.metrics:
-        assert metrics["train/old_logprob_gap"] == metrics["train/logprob_gap"]
+        assert metrics["train/old_logprob_gap"] == pytest.approx(float(metrics["train/logprob_gap"]), rel=1e-6)
 
 
+@pytest.mark.parametrize("lora", [None, Lora(rank=2)], ids=["all weights", "an adapter"])
 def test_a_checkpoint_mid_iteration_holds_them_but_no_reference_and_resumes_to_the_same_weights(
-    tiny_model: Path, tmp_path: Path
+    tiny_model: Path, tmp_path: Path, lora: Lora | None
 ) -> None:
+    if lora:
+        pytest.importorskip("peft")
     reference = save_tiny_model(tmp_path / "reference", seed=3)
-    model = {"kl": KLPenalty(coefficient=0.5, estimator="k2"), "reference_path": str(reference)}
+    model = {"kl": KLPenalty(coefficient=0.5, estimator="k2"), "reference_path": str(reference), "lora": lora}
     data = {"mini_batches": 2, "passes": 2}
     plays = Plays(save_after=(1, tmp_path / "middle.ckpt"))
     alone = fit(tiny_model, plays, data, model)
@@ -166,7 +186,33 @@ def test_a_checkpoint_mid_iteration_holds_them_but_no_reference_and_resumes_to_t
         assert torch.equal(resumed.state_dict()[name], weight), name
 
 
-def test_by_default_nothing_is_computed_again(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mini_batches", [1, 2])
+def test_where_play_runs_ahead_they_are_computed_and_corrected_by_default_and_a_line_says_so(
+    tiny_model: Path, mini_batches: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    plays = Plays(staleness=1)
+    with caplog.at_level(logging.INFO):
+        module = fit(tiny_model, plays, {"mini_batches": mini_batches}, {"old_logprobs": None}, epochs=2)
+    (said,) = [each.getMessage() for each in caplog.records if "rollout.staleness" in each.getMessage()]
+    assert said == (
+        "left open, and chosen at rollout.staleness=1: model.old_logprobs=trainer, model.correction.token_cap=2.0"
+    )
+    assert module.objective.correction == RolloutCorrection(token_cap=2.0)
+    for batch, metrics in zip(plays.batches, plays.metrics, strict=True):
+        assert "train/token_cap_fraction" in metrics
+        # those of before the iteration: its first step's own, which are computed beforehand only if there is another
+        assert [bool(each.old_logprobs) for each in batch.samples] == [mini_batches > 1] * len(batch.samples)
+        same = float(metrics["train/old_logprob_gap"]) == pytest.approx(float(metrics["train/logprob_gap"]), rel=1e-6)
+        assert same == (batch.index == 0)
+        played = {name: float(metrics[f"rollout/{name}"]) for name in ("reward", "staleness", "stale_0", "stale_1")}
+        age = batch.iteration
+        assert played == {"reward": age + 0.5, "staleness": age * mini_batches, "stale_0": 1 - age, "stale_1": age}
+        assert float(metrics["rollout/stale_2"]) == 0.0
+
+
+def test_by_default_nothing_is_computed_again(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     plays = Plays()
     module = StepwiseModule(str(tiny_model))
     monkeypatch.setattr(StepwiseModule, "with_old_logprobs", lambda self, samples: 1 / 0)
@@ -175,5 +221,7 @@ def test_by_default_nothing_is_computed_again(tiny_model: Path, monkeypatch: pyt
         accelerator="cpu", devices=1, max_epochs=1, callbacks=[plays], logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(module, datamodule=tasks)
+    with caplog.at_level(logging.INFO):
+        trainer.fit(module, datamodule=tasks)
+    assert "old_logprobs" not in caplog.text
     assert [list(each.old_logprobs) for batch in plays.batches for each in batch.samples] == [[]] * 12

@@ -16,7 +16,7 @@ from lit_stepwise.errors import ConfigError
 from lit_stepwise.testing import exact_logprobs, save_tiny_model
 from lit_stepwise.training import StepwiseModule
 from lit_stepwise.training.scoring import Reference
-from lit_stepwise.types import Feedback, StepSample, Turn
+from lit_stepwise.types import Feedback, StepSample, Turn, VersionSpan
 
 IN_LOSS = KLPenalty(coefficient=0.25, estimator="k2", place="loss")
 IN_REWARD = KLPenalty(coefficient=0.25, estimator="k1", place="reward")
@@ -38,7 +38,7 @@ def module_of(path: Path, **settings: Any) -> StepwiseModule:
 
 def turn(prompt_ids: list[int], response_ids: list[int]) -> Turn:
     logprobs = [-1.0 - token / 7 for token in response_ids]
-    return Turn(prompt_ids, response_ids, logprobs, 0, "", Feedback(""))
+    return Turn(prompt_ids, response_ids, logprobs, [VersionSpan(0, len(response_ids))], "", Feedback(""))
 
 
 TURNS = [turn([5, 6], [7, 8, 9]), turn([5, 6, 7, 8, 9, 3], [11]), turn([4], [])]
@@ -111,7 +111,7 @@ def test_the_penalty_of_a_turn_is_the_sum_over_its_tokens(tiny_model: Path, othe
         differences += estimates.tolist()
     logged = []
     for _ in range(2):
-        module.update_metrics.update(torch.zeros(()), {}, 0, 0)
+        module.update_metrics.update(torch.zeros(()), {}, torch.zeros(0), 0, 0)
         logged.append(module.update_metrics.result())
     assert logged[0]["train/kl"] == pytest.approx(sum(differences) / 4, rel=1e-5)
     assert "train/kl" not in logged[1]  # once per iteration, with its first step

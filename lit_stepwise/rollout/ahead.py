@@ -1,0 +1,45 @@
+"""Play that runs ahead of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import Generic, TypeVar
+
+from lit_stepwise.rollout.threads import DaemonThreads
+
+T = TypeVar("T")
+
+
+class Ahead(Generic[T]):
+    """Plays iterations in a thread of its own, one after the other in the order in which they are started."""
+
+    def __init__(self, play: Callable[[int], T]) -> None:
+        self._play = play
+        self._thread = DaemonThreads(1, "play")
+        self._iterations: dict[int, Future[T]] = {}
+
+    def start(self, iteration: int) -> None:
+        """Play it, once."""
+        if iteration not in self._iterations:
+            self._iterations[iteration] = self._thread.submit(self._play, iteration)
+
+    def take(self, iteration: int) -> T:
+        """Wait for it. Raises what playing it raised."""
+        self.start(iteration)
+        return self._iterations.pop(iteration).result()
+
+    def settle(self) -> None:
+        """Wait until all that was started has been played."""
+        wait(self._iterations.values())
+
+    def drop(self, timeout: float | None = None) -> None:
+        """Want nothing of what was started any more, and wait for the one in play."""
+        for future in self._iterations.values():
+            future.cancel()
+        wait(self._iterations.values(), timeout)
+        self._iterations.clear()
+
+    def close(self) -> None:
+        """Let the thread end."""
+        self._thread.close()

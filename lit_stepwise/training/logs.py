@@ -1,0 +1,84 @@
+"""What the LightningModule hears of play and of its own steps, and where it writes it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import lightning.pytorch as pl
+
+from lit_stepwise.algo.filters import Selection
+from lit_stepwise.training.evaluation import EvaluationMetrics
+from lit_stepwise.training.metrics import UpdateMetrics
+from lit_stepwise.training.play_metrics import RolloutMetrics
+from lit_stepwise.types import Rollout
+
+
+class Logs(pl.LightningModule):
+    """Metrics of play, of evaluation and of updates."""
+
+    staleness: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rollout_metrics = RolloutMetrics()
+        self.evaluation_metrics = EvaluationMetrics()
+        self.update_metrics = UpdateMetrics()
+        self._rollout: Rollout | None = None
+        self._selection: dict[str, float] = {}
+
+    # ---- training
+
+    def on_rollout_end(self, rollout: Rollout) -> None:
+        """Called through the RolloutCallback's Fabric, when an iteration is handed over to be trained."""
+        if rollout.stage == "train":
+            self._rollout = rollout
+
+    def on_selection(self, selection: Selection) -> None:
+        """The same, once an iteration."""
+        self._selection = selection.metrics
+
+    def log_update(self, values: dict[str, float]) -> None:
+        """``values`` and the metrics of an optimizer step; with the first of an iteration what was played for it."""
+        self.log_dict(self.update_metrics.result() | values, batch_size=1)
+        if self._rollout is not None:
+            self._log_rollout(self._rollout)
+            self._rollout = None
+
+    def _log_rollout(self, rollout: Rollout) -> None:
+        step = self.global_step - 1
+        num_steps = int(self.trainer.num_training_batches)
+        self.rollout_metrics.update(rollout, began=step, num_steps=num_steps, max_age=self.staleness + 1)
+        values = self.rollout_metrics.result() | self._selection
+        self.log("reward", values["rollout/reward"], prog_bar=True, logger=False, batch_size=1)
+        self.log_dict(values, logger=False, batch_size=1)
+        for logger in self.loggers:  # self.log would repeat them at every further step of the iteration
+            logger.log_metrics(values, step=step)
+
+    # ---- evaluation
+
+    def validation_step(self, batch: Rollout, batch_idx: int) -> None:
+        """Count what was played."""
+        self.evaluation_metrics.update(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Accuracy and the rest, over all ranks."""
+        values = self._log_evaluation("val")
+        self.log("accuracy", values["val/accuracy"], prog_bar=True, logger=False, batch_size=1)
+
+    def test_step(self, batch: Rollout, batch_idx: int) -> None:
+        """Count what was played."""
+        self.evaluation_metrics.update(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Accuracy and the rest, over all ranks."""
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, prefix: str) -> dict[str, float]:
+        values = self.evaluation_metrics.result(prefix)
+        self.log_dict(values, batch_size=1)
+        return values
+
+    def predict_step(self, batch: Rollout, batch_idx: int) -> list[dict[str, Any]]:
+        """The trajectories, as plain dictionaries, since Lightning refuses to move frozen dataclasses."""
+        return [asdict(trajectory) for trajectory in batch.trajectories]

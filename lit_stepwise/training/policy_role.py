@@ -1,0 +1,95 @@
+"""What the LightningModule is to the ``RolloutCallback``: a ``Policy``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lit_stepwise.algo.logprobs import likeliest
+from lit_stepwise.algo.microbatches import plan_micro_batches
+from lit_stepwise.training.lora import WithoutAdapter, adapter_of, weights_of
+from lit_stepwise.training.metrics import UpdateMetrics
+from lit_stepwise.training.objective import Objective
+from lit_stepwise.training.policy_model import PolicyModel
+from lit_stepwise.training.scoring import Reference, as_sample, from_all_ranks, logprobs_of, price_of_turns
+from lit_stepwise.types import Adapter, Turn
+
+
+class PolicyRole(pl.LightningModule):
+    """The methods of ``interfaces.Policy``. What it is made of comes from the ``StepwiseModule``."""
+
+    model_path: str
+    adapter_rank: int
+    """Of the adapter that is trained; 0: the weights themselves are."""
+    policy: PolicyModel | None
+    reference: Reference | WithoutAdapter | None
+    objective: Objective
+    update_metrics: UpdateMetrics
+    max_tokens_per_micro_batch: int
+    staleness: int = 0
+    """Iterations that play may run ahead of training; set by the RolloutCallback in its ``setup``."""
+
+    def weights(self, merged: bool = True) -> Iterable[tuple[str, Tensor]]:
+        """(Hugging Face name, full tensor), lazily and in the same order on every rank.
+
+        ``merged``: with the adapter in them, where there is one; else those it stands on.
+        """
+        assert self.policy is not None
+        return weights_of(self.policy.language_model, merged)
+
+    def adapter(self) -> Adapter:
+        """The adapter, as PEFT saves one; only where ``adapter_rank`` is not 0. Every rank calls it together."""
+        assert self.policy is not None
+        return adapter_of(self.policy.language_model)
+
+    @torch.no_grad()
+    def score(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """[R] Log-probabilities of the response at temperature 1 and [R] of the likeliest token in each place.
+
+        Without gradient. Every rank calls it together.
+        """
+        assert self.policy is not None
+        token_ids = torch.tensor([[*prompt_ids, *response_ids]], device=self.device)
+        mask = torch.zeros_like(token_ids, dtype=torch.bool)
+        mask[0, len(prompt_ids) :] = True
+        temperatures = torch.ones(len(response_ids), device=self.device)
+        with self.as_in_training():
+            logprobs, best = self.policy(token_ids, mask, temperatures, summary=likeliest)
+        return logprobs, best
+
+    def logprob_gap(self) -> float:
+        """Mean absolute difference of engine and trainer, in nats, on the tokens of the optimizer step that is due.
+
+        Every rank calls it together, between the backward passes and the step.
+        """
+        return self.update_metrics.logprob_gap()
+
+    def reference_penalties(self, turns: Sequence[Turn], temperature: float) -> list[float] | None:
+        """What leaving the reference costs each of this rank's turns, to be taken from its reward; None: nothing does.
+
+        Every rank calls it together, be it without a turn.
+        """
+        kl = self.objective.kl
+        if self.reference is None or kl.place != "reward":
+            return None
+        samples = [as_sample(turn, temperature) for turn in turns]
+        (plan,) = plan_micro_batches([sample.num_tokens for sample in samples], self.max_tokens_per_micro_batch)
+        rounds = max(from_all_ranks(len(plan)))  # a sharded reference answers all ranks together
+        plan += [[] for _ in range(rounds - len(plan))]
+        with self.as_in_training():
+            found = logprobs_of(self.reference, samples, plan, self.device)
+        penalties, estimates = price_of_turns(kl, turns, [found[i] for i in range(len(turns))])
+        self.update_metrics.observe({"kl": estimates.to(self.device)})
+        return penalties
+
+    @contextmanager
+    def as_in_training(self) -> Iterator[None]:
+        """The precision of ``training_step``, without dropout, for what is computed outside of it."""
+        assert self.policy is not None
+        precision = self._trainer.precision_plugin.train_step_context() if self._trainer else nullcontext()
+        with precision, self.policy.without_dropout():
+            yield

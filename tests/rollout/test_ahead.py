@@ -1,0 +1,55 @@
+"""Play that runs ahead."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from lit_stepwise.rollout.ahead import Ahead
+
+
+def test_iterations_are_played_once_and_in_order_while_others_are_trained() -> None:
+    played: list[int] = []
+    ahead = Ahead(lambda iteration: played.append(iteration) or 10 * iteration)
+    for iteration in (3, 4, 3, 5):
+        ahead.start(iteration)
+    ahead.settle()
+    assert played == [3, 4, 5]
+    assert [ahead.take(iteration) for iteration in (3, 4, 5)] == [30, 40, 50]
+    assert played == [3, 4, 5]
+    ahead.close()
+
+
+def test_what_was_not_started_is_played_when_it_is_asked_for() -> None:
+    ahead = Ahead(lambda iteration: -iteration)
+    assert ahead.take(7) == -7
+    ahead.close()
+
+
+def test_an_error_reaches_whoever_takes_the_iteration() -> None:
+    ahead = Ahead(lambda iteration: 1 // iteration)
+    ahead.start(0)
+    ahead.start(1)
+    with pytest.raises(ZeroDivisionError):
+        ahead.take(0)
+    assert ahead.take(1) == 1
+    ahead.close()
+
+
+def test_what_is_dropped_is_played_again_when_it_is_asked_for() -> None:
+    played, go_on = [], threading.Event()
+
+    def play(iteration: int) -> int:
+        played.append(iteration)
+        go_on.wait(20)
+        return len(played)
+
+    ahead = Ahead(play)
+    ahead.start(1)
+    ahead.start(2)
+    threading.Timer(0.05, go_on.set).start()
+    ahead.drop()
+    assert played == [1]
+    assert ahead.take(1) == 2
+    ahead.close()
