@@ -8,8 +8,11 @@ after the other:
     loop       the AgentLoop on VLLMEngine, with an environment that answers at once
     generate   vllm.LLM.generate on the very prompts and response lengths of that, a call for all first turns, one for
                all second turns, and so on; the same vLLM settings, prefix caches empty at the start
-    slow       the AgentLoop, with an environment that takes --latency seconds in the mean (uniform, 0 to twice that)
+    slow       the AgentLoop, with an environment that takes --latency seconds in the mean
     barrier    a loop that waits for all environments before anybody speaks again; the same engine and latencies
+
+The latter two with latencies that are uniform from 0 to twice the mean, and with exponential ones, whose few long waits
+are more like those of a shared database.
 
 Ready: seconds from the start of a fresh process to an engine that takes requests.
 """
@@ -33,12 +36,16 @@ import numpy as np
 import torch
 
 from lit_stepwise.engines import VLLMEngine
+from lit_stepwise.engines.vllm_settings import sampling_params
 from lit_stepwise.interfaces import Environment, Episode
 from lit_stepwise.rollout.agent_loop import AgentLoop, Attempt
 from lit_stepwise.rollout.rendering import ChatRenderer
 from lit_stepwise.testing import save_tiny_model
 from lit_stepwise.types import Deadlines, Feedback, Limits, Message, Request, Sampling, Task, Turn
 
+WAYS = (
+    "loop", "generate", "slow, uniform", "barrier, uniform", "slow, exponential", "barrier, exponential",
+)  # fmt: skip
 READY = """
 import time
 from lit_stepwise.engines import VLLMEngine
@@ -53,6 +60,7 @@ class Waiting(Environment):
 
     latency: float
     turns: int
+    kind: str = "uniform"
 
     def start(self, task: Task, max_turns: int) -> Episode:
         """Begin."""
@@ -75,8 +83,9 @@ class WaitingEpisode(Episode):
         """Take that long."""
         self.turn += 1
         if self.settings.latency:
-            share = np.random.default_rng([self.number, self.turn]).random()
-            time.sleep(2 * self.settings.latency * float(share))
+            rng = np.random.default_rng([self.number, self.turn])
+            shares = {"uniform": 2 * rng.random(), "exponential": rng.exponential()}
+            time.sleep(self.settings.latency * float(shares[self.settings.kind]))
         return Feedback("what next? " * 3, done=self.turn == self.settings.turns)
 
 
@@ -90,6 +99,11 @@ class Bench:
     turns: list[Turn] = field(default_factory=list)
 
     @property
+    def sampling(self) -> Sampling:
+        """The same for all ways."""
+        return Sampling(stop=("</sql>",) if self.arguments.stop else ())
+
+    @property
     def num_tokens(self) -> int:
         """Of one round."""
         return self.arguments.trajectories * self.arguments.turns * self.arguments.tokens
@@ -100,14 +114,14 @@ class Bench:
 
     def attempts(self) -> list[Attempt]:
         """One a task."""
-        return [Attempt(Task(task_id=str(n)), n, 0, (0,), Sampling()) for n in range(self.arguments.trajectories)]
+        return [Attempt(Task(task_id=str(n)), n, 0, (0,), self.sampling) for n in range(self.arguments.trajectories)]
 
-    def loop(self, latency: float) -> float:
+    def loop(self, latency: float, kind: str = "uniform") -> float:
         """Seconds; keeps the turns."""
         self.turns.clear()
         self.engine.begin_phase(1)
         play = AgentLoop(
-            self.engine, Waiting(latency, self.arguments.turns), self.renderer, self.limits(), False,
+            self.engine, Waiting(latency, self.arguments.turns, kind), self.renderer, self.limits(), False,
             self.arguments.threads, Deadlines(), on_turn_end=lambda turn, task_id: self.turns.append(turn),
         )  # fmt: skip
         attempts = self.attempts()
@@ -118,10 +132,10 @@ class Bench:
         assert sum(len(turn.response_ids) for turn in self.turns) == self.num_tokens
         return seconds
 
-    def barrier(self, latency: float) -> float:
+    def barrier(self, latency: float, kind: str) -> float:
         """Seconds of a loop in which everybody waits for everybody after each turn."""
         self.engine.begin_phase(1)
-        environment, attempts = Waiting(latency, self.arguments.turns), self.attempts()
+        environment, attempts = Waiting(latency, self.arguments.turns, kind), self.attempts()
         began = time.perf_counter()
         episodes = [environment.start(each.task, self.arguments.turns) for each in attempts]
         prompts = [self.renderer.first_prompt(each.prompt()) for each in episodes]
@@ -129,7 +143,7 @@ class Bench:
         with ThreadPoolExecutor(self.arguments.threads) as pool:
             for turn in range(self.arguments.turns):
                 for number, prompt in enumerate(prompts):
-                    request = Request(str(number), prompt, self.arguments.tokens, Sampling(), seed=0)
+                    request = Request(str(number), prompt, self.arguments.tokens, self.sampling, seed=0)
                     self.engine.submit(request)
                 answers: dict[str, Any] = {}
                 while self.engine.num_pending:
@@ -148,18 +162,14 @@ class Bench:
 
     def generate(self, llm: Any) -> float:
         """Seconds of vLLM on its own, on the turns of the last ``loop``."""
-        from vllm import SamplingParams
-
         by_length: dict[int, list[Turn]] = {}
         counts: dict[tuple[int, ...], int] = {}
         for turn in self.turns:  # in the order of time, so a trajectory's turns come in order
             first = tuple(turn.prompt_ids[:150])
             counts[first] = counts.get(first, 0) + 1
             by_length.setdefault(counts[first], []).append(turn)
-        settings = SamplingParams(
-            temperature=1.0, max_tokens=self.arguments.tokens, ignore_eos=True,
-            logprobs=0, detokenize=False,
-        )  # fmt: skip
+        request = Request("any", [1], self.arguments.tokens, self.sampling, seed=0)
+        settings = sampling_params(request, self.arguments.context)
         llm.reset_prefix_cache()
         seconds, num_tokens = 0.0, 0
         for number in sorted(by_length):
@@ -217,35 +227,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in {
         "rounds": 5, "trajectories": 64, "turns": 4, "tokens": 48, "context": 1024, "threads": 64, "ready": 3,
+        "hidden": 256, "layers": 8,
     }.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--latency", type=float, default=0.5)
+    parser.add_argument("--stop", action="store_true", help="look for a stop string, as text-to-SQL does")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        path = save_tiny_model(folder, hidden_size=256, num_layers=8)
+        path = save_tiny_model(folder, hidden_size=arguments.hidden, num_layers=arguments.layers)
         silent_eos(path)
-        print(f"{os.cpu_count()} CPUs, OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'unset')}")
+        print(f"{vars(arguments)}\n{os.cpu_count()} CPUs, OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'unset')}")
         waits = [ready_seconds(path, arguments.context) for _ in range(arguments.ready)]
         print("ready       " + "  ".join(f"{wait:.1f}" for wait in waits) + " s after the start of the process")
         bench, llm = build(path, arguments)
-        seconds: dict[str, list[float]] = {name: [] for name in ("loop", "generate", "slow", "barrier")}
+        seconds: dict[str, list[float]] = {name: [] for name in WAYS}
         with torch.compiler.set_stance("force_eager"):
             for index in range(arguments.rounds + 1):
                 took = {"loop": bench.loop(0.0)}
                 took["generate"] = bench.generate(llm)
-                took["slow"] = bench.loop(arguments.latency)
-                took["barrier"] = bench.barrier(arguments.latency)
+                for kind in ("uniform", "exponential"):
+                    took[f"slow, {kind}"] = bench.loop(arguments.latency, kind)
+                    took[f"barrier, {kind}"] = bench.barrier(arguments.latency, kind)
                 if index:  # the first warms up
                     for name, value in took.items():
                         seconds[name].append(value)
         for name, values in seconds.items():
             rates = [bench.num_tokens / value for value in values]
             spread = f"({min(rates):.0f}-{max(rates):.0f})"
-            print(f"{name:10} {median(values):6.2f} s  {median(rates):6.0f} tokens/s  {spread}")
-        for ours, other in (("loop", "generate"), ("slow", "barrier")):
+            print(f"{name:20} {median(values):6.2f} s  {median(rates):6.0f} tokens/s  {spread}")
+        for ours, other in zip(WAYS[::2], WAYS[1::2], strict=True):
             ratios = [b / a for a, b in zip(seconds[ours], seconds[other], strict=True)]
             spread = f"({min(ratios):.2f}-{max(ratios):.2f})"
-            print(f"{ours} / {other}: tokens/s of the same round, median {median(ratios):.2f} {spread}")
+            print(f"({ours}) / ({other}): tokens/s of the same round, median {median(ratios):.2f} {spread}")
         bench.engine.close()
 
 

@@ -87,7 +87,10 @@ class Server:
     async def version(self) -> str:
         """Label of the weights it has. Comes from the engine itself, which answers between two steps."""
         answer = await self._exchange("/weight_info", None, True, self._reconnect_seconds)
-        return str(answer["weight_version"])
+        try:
+            return str(answer["weight_version"])
+        except (KeyError, TypeError) as error:
+            raise RefusedError("/weight_info", 200, str(answer)) from error
 
     def fail(self, error: Exception, since: float) -> None:
         """Note that it does not answer."""
@@ -230,9 +233,7 @@ class Servers:
         if chosen is None or chosen.failing_since is not None:
             count = len(self._servers)
             order = [self._servers[(self._first + index) % count] for index in range(count)]
-            chosen = min(
-                order, key=lambda server: ((server.failing_since and server.failed_at) or 0.0, server.num_open)
-            )
+            chosen = min(order, key=lambda server: (server.failed_at, server.num_open))
             self._sessions[session] = chosen
         return chosen
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -90,7 +89,7 @@ class ServerProcess:
         self._process.terminate()
 
     def close(self) -> None:
-        """End it and all its processes, and remove its files. Idempotent."""
+        """End it and all its processes; its files go with it. Idempotent."""
         self.end()
         try:
             self._process.wait(_END_SECONDS)
@@ -99,7 +98,6 @@ class ServerProcess:
             self._process.wait()
         if self._log is not None:
             self._log.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def wait_until_ready(processes: Sequence[ServerProcess], seconds: float) -> None:

@@ -36,14 +36,14 @@ class WeightSender(ABC):
         others.
         """
         call = self._servers.call
-        call("/pause?mode=keep")
+        call("/pause?mode=keep&clear_cache=false")  # the cache is reset below, when there is nothing old to put in it
         call("/update_weight_version", {"new_version": f"{label}, unfinished"})
         self._begin()
         for piece in pieces(weights, PIECE_BYTES):
             self._send_piece(piece)
         call("/finish_weight_update")
         for answer in call("/reset_prefix_cache?reset_running_requests=true"):
-            if not answer["success"]:
+            if not (answer or {}).get("success"):
                 raise EngineError("a vLLM server did not reset its prefix cache, which holds what old weights computed")
         call("/update_weight_version", {"new_version": label})
         call("/resume")

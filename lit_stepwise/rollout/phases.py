@@ -177,7 +177,10 @@ class Phases:
         self.started = False
         self.num_restarts += 1
         if self.num_restarts > self.max_engine_restarts:
-            raise EngineError(f"{failure} (rollout.max_engine_restarts={self.max_engine_restarts})")
+            raise EngineError(
+                f"the engine failed, with rollout.max_engine_restarts={self.max_engine_restarts}; resume with "
+                f"--ckpt_path last: {failure}"
+            )
         rank_zero_warn(
             f"the engine failed and is started again, restart {self.num_restarts} of "
             f"rollout.max_engine_restarts={self.max_engine_restarts}: {failure}"

@@ -263,7 +263,6 @@ def test_nothing_is_left_of_a_server_whose_command_was_killed(serving: tuple[str
 
 
 def test_an_engine_starts_servers_of_its_own_and_starts_them_anew_when_they_died(untied: Path) -> None:
-    segments: set[str] = set()
     model = AutoModelForCausalLM.from_pretrained(untied).eval()
     engine = VLLMServerEngine(server_kwargs={"max_num_seqs": 32})
     try:
@@ -277,8 +276,10 @@ def test_an_engine_starts_servers_of_its_own_and_starts_them_anew_when_they_died
                 submit(engine, "abc", 6)
                 assert gap(model, wait(engine)) < 1e-4
             running = family(folder)
-            segments |= shared_memory_of(running)
-            assert len(segments) > 0
+            assert engine._own_folder is not None
+            in_memory = {*shared_memory_of(running), engine._own_folder.name}
+            assert in_memory & set(os.listdir("/dev/shm")) == in_memory
+            assert len(in_memory) > 1
             submit(engine, "abcdef", 500, temperature=1.5)
             os.kill(next(each for each, name in running.items() if name.startswith(victim)), signal.SIGKILL)
             began = time.monotonic()
@@ -288,7 +289,7 @@ def test_an_engine_starts_servers_of_its_own_and_starts_them_anew_when_they_died
             engine.close()
             assert not any(map(name_of, running))
             assert not Path(folder).exists()
-            assert not [each for each in os.listdir("/dev/shm") if each in segments or "lit-stepwise" in each]
+            assert not in_memory & set(os.listdir("/dev/shm"))
     finally:
         engine.close()
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +89,16 @@ def test_nothing_of_a_command_outlives_it_or_who_asked_for_it(victim: str, tmp_p
         grandchild = int(parent.stdout.readline())
         command = state_of(grandchild)[1]
         supervisor = state_of(command)[1]
-        os.kill({"parent": parent.pid, "command": command, "supervisor": supervisor}[victim], signal.SIGKILL)
-        await_until(lambda: state_of(command)[0] == "gone")
-        if victim == "supervisor":  # it can only see to it that the command is asked to end
-            os.kill(grandchild, signal.SIGKILL)
-        else:
-            await_until(lambda: state_of(supervisor)[0] == state_of(grandchild)[0] == "gone")
-            assert not folder.exists()
-        parent.kill()
+        try:
+            os.kill({"parent": parent.pid, "command": command, "supervisor": supervisor}[victim], signal.SIGKILL)
+            await_until(lambda: state_of(command)[0] == "gone")
+            if victim != "supervisor":  # which is all that can see to more than that the command is asked to end
+                await_until(lambda: state_of(supervisor)[0] == state_of(grandchild)[0] == "gone")
+                assert not folder.exists()
+        finally:
+            for each in (supervisor, command, grandchild, parent.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(each, signal.SIGKILL)
 
 
 def test_serving_says_where_and_ends_its_server_when_it_is_interrupted(

@@ -16,6 +16,17 @@ def test_pieces_end_with_the_weight_that_fills_them() -> None:
     assert [list(piece) for piece in pieces(weights, 24)] == [["a", "b"], ["c"], ["d"]]
 
 
+class Stuck:
+    """A broadcast that the other side never joins."""
+
+    def __init__(self) -> None:
+        self.entered, self.released = threading.Event(), threading.Event()
+
+    def wait(self) -> None:
+        self.entered.set()
+        self.released.wait()
+
+
 @pytest.mark.vllm
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_weights_go_from_gpu_to_gpu_by_vllms_own_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,9 +67,14 @@ def test_weights_go_from_gpu_to_gpu_by_vllms_own_trainer(monkeypatch: pytest.Mon
         (["b"], ["float32"], [[1]]),
     ]
     assert [path for path, _ in calls].count("/start_weight_update") == 1
-    monkeypatch.setattr(Recorder, "call", lambda *_, **__: (_ for _ in ()).throw(EngineError("it is gone")))
-    stuck = threading.Event()
+
+    def gone(self: Recorder, path: str, bodies: Any = None) -> list[Any]:
+        assert stuck.entered.wait(10)
+        raise EngineError("it is gone")
+
+    stuck = Stuck()
+    monkeypatch.setattr(Recorder, "call", gone)
     monkeypatch.setattr(nccl_engine, "packed_nccl_broadcast_producer", lambda **_: stuck.wait())
     with pytest.raises(EngineError, match="it is gone"):  # though NCCL would wait for it forever
         sender._send_piece({"a": torch.zeros(1)})
-    stuck.set()
+    stuck.released.set()

@@ -1,0 +1,49 @@
+"""Whole runs on engines that live elsewhere, or over several ranks."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.vllm]
+
+
+def column(folder: Path, name: str) -> list[float]:
+    (path,) = folder.glob("runs/*/metrics.csv")
+    with path.open() as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+def test_two_ranks_train_and_share_one_engine(countdown: dict[str, Any], run: Any, tmp_path: Path) -> None:
+    countdown["rollout"]["engine"] = {
+        "class_path": "lit_stepwise.engines.VLLMEngine",
+        "init_args": {"tensor_parallel_size": 2},
+    }
+    countdown["rollout"]["max_logprob_gap"] = 1e-4
+    countdown["trainer"] |= {"devices": 2, "strategy": "ddp", "max_epochs": 2}
+    done = run("fit", countdown)
+    assert done.returncode == 0, done.stderr
+    gaps = column(tmp_path, "train/logprob_gap")
+    assert len(gaps) == 4
+    assert max(gaps[::2]) < 1e-5  # of the first step of each iteration; the second has moved
+
+
+def test_a_server_plays_ahead_of_training_and_weights_reach_it(
+    countdown: dict[str, Any], run: Any, tmp_path: Path
+) -> None:
+    countdown["rollout"]["engine"] = {"class_path": "lit_stepwise.engines.VLLMServerEngine"}
+    countdown["rollout"] |= {
+        "deterministic": False,
+        "staleness": 1,
+        "max_logprob_gap": 1e-4,
+        "evaluation": {"samples_per_task": 4},
+    }
+    done = run("fit", countdown)
+    assert done.returncode == 0, done.stderr
+    assert len(column(tmp_path, "train/logprob_gap")) == 6
+    assert column(tmp_path, "train/logprob_gap")[0] < 1e-5
+    for k in (1, 2, 4):
+        assert len(column(tmp_path, f"val/pass_at_{k}")) == 3
