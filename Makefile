@@ -22,7 +22,7 @@ fit: $(VENV)/.fit-$(or $(EXTRA),base)
 	$(RUN)/lit-stepwise fit --config $(CONFIG) $(ARGS)
 
 test: $(VENV)/.test
-	$(RUN)/python -m pytest $(ARGS)
+	$(RUN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

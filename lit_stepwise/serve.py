@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from lit_stepwise.engines.server_process import (
+from lit_stepwise.engines.server.process import (
     ServerProcess,
     check_installed,
     check_model_path,

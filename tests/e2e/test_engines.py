@@ -17,20 +17,6 @@ def column(folder: Path, name: str) -> list[float]:
         return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
 
 
-def test_two_ranks_train_and_share_one_engine(countdown: dict[str, Any], run: Any, tmp_path: Path) -> None:
-    countdown["rollout"]["engine"] = {
-        "class_path": "lit_stepwise.engines.VLLMEngine",
-        "init_args": {"tensor_parallel_size": 2},
-    }
-    countdown["rollout"]["max_logprob_gap"] = 1e-4
-    countdown["trainer"] |= {"devices": 2, "strategy": "ddp", "max_epochs": 2}
-    done = run("fit", countdown)
-    assert done.returncode == 0, done.stderr
-    gaps = column(tmp_path, "train/logprob_gap")
-    assert len(gaps) == 4
-    assert max(gaps[::2]) < 1e-5  # of the first step of each iteration; the second has moved
-
-
 def test_a_server_plays_ahead_of_training_and_weights_reach_it(
     countdown: dict[str, Any], run: Any, tmp_path: Path
 ) -> None:

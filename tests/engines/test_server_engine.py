@@ -135,7 +135,7 @@ def change(model: Any, seed: int) -> None:
 def family(word: str) -> dict[int, str]:
     """The processes of the server that has ``word`` in its command, the one that minds it included: their names."""
     every = {int(each): name_of(int(each)) for each in os.listdir("/proc") if each.isdigit()}
-    minded = {each for each, name in every.items() if word in name and "server_main" in name}
+    minded = {each for each, name in every.items() if word in name and "engines.server.main" in name}
     return {each: name for each, name in every.items() if each in minded or group_of(each) in minded}
 
 

@@ -15,7 +15,7 @@ import torch
 from aiohttp import web
 
 from lit_stepwise.engines import VLLMServerEngine
-from lit_stepwise.engines.server_protocol import plain_config
+from lit_stepwise.engines.server.protocol import plain_config
 from lit_stepwise.errors import ConfigError, EngineError
 from lit_stepwise.types import Completion, Request, Sampling, VersionSpan
 
@@ -237,7 +237,7 @@ def test_weights_go_to_all_servers_piece_by_piece_and_leave_nothing_behind(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lit_stepwise.engines.server_weights.PIECE_BYTES", 100_000)
+    monkeypatch.setattr("lit_stepwise.engines.server.weights.PIECE_BYTES", 100_000)
     engine = start(servers, weights_folder=str(tmp_path))
     engine.load_weights(weights(tiny_model).items(), 17)
     assert engine.policy_version == 17

@@ -13,9 +13,9 @@ import pytest
 from jsonargparse import auto_cli
 
 from lit_stepwise import serve
-from lit_stepwise.engines import server_supervisor
-from lit_stepwise.engines.server_main import flags, server_settings
-from lit_stepwise.engines.server_process import ServerProcess, expect_running, wait_until_ready
+from lit_stepwise.engines.server import supervisor
+from lit_stepwise.engines.server.main import flags, server_settings
+from lit_stepwise.engines.server.process import ServerProcess, expect_running, wait_until_ready
 from lit_stepwise.errors import EngineError
 
 
@@ -79,7 +79,7 @@ DEAF_GRANDCHILD = """sh -c 'trap "" TERM; while :; do sleep 0.1; done' & echo $!
 def test_nothing_of_a_command_outlives_it_or_who_asked_for_it(victim: str, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
-    supervised = f"{sys.executable!r}, '-I', '-S', {server_supervisor.__file__!r}, str(os.getpid()), {str(folder)!r}"
+    supervised = f"{sys.executable!r}, '-I', '-S', {supervisor.__file__!r}, str(os.getpid()), {str(folder)!r}"
     code = (
         "import os, subprocess, time; "
         f"subprocess.Popen([{supervised}, 'sh', '-c', {DEAF_GRANDCHILD!r}]); time.sleep(1000)"
@@ -88,15 +88,15 @@ def test_nothing_of_a_command_outlives_it_or_who_asked_for_it(victim: str, tmp_p
         assert parent.stdout is not None
         grandchild = int(parent.stdout.readline())
         command = state_of(grandchild)[1]
-        supervisor = state_of(command)[1]
+        minder = state_of(command)[1]
         try:
-            os.kill({"parent": parent.pid, "command": command, "supervisor": supervisor}[victim], signal.SIGKILL)
+            os.kill({"parent": parent.pid, "command": command, "supervisor": minder}[victim], signal.SIGKILL)
             await_until(lambda: state_of(command)[0] == "gone")
             if victim != "supervisor":  # which is all that can see to more than that the command is asked to end
-                await_until(lambda: state_of(supervisor)[0] == state_of(grandchild)[0] == "gone")
+                await_until(lambda: state_of(minder)[0] == state_of(grandchild)[0] == "gone")
                 assert not folder.exists()
         finally:
-            for each in (supervisor, command, grandchild, parent.pid):
+            for each in (minder, command, grandchild, parent.pid):
                 with suppress(ProcessLookupError):
                     os.kill(each, signal.SIGKILL)
 

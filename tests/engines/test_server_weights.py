@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from lit_stepwise.engines.server_weights import NCCLSender, pieces
+from lit_stepwise.engines.server.weights import NCCLSender, pieces
 from lit_stepwise.errors import EngineError
 
 
@@ -47,7 +47,7 @@ def test_weights_go_from_gpu_to_gpu_by_vllms_own_trainer(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: met.append(info) or "group")
     monkeypatch.setattr(nccl_engine, "packed_nccl_broadcast_producer", broadcast)
-    monkeypatch.setattr("lit_stepwise.engines.server_weights.PIECE_BYTES", 8)
+    monkeypatch.setattr("lit_stepwise.engines.server.weights.PIECE_BYTES", 8)
     with pytest.raises(EngineError, match="weights_backend=nccl needs a GPU in the first rank; use file"):
         NCCLSender(Recorder())  # type: ignore[arg-type]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import json
 import mmap
@@ -275,6 +276,26 @@ def main(rank: int, folder: Path) -> None:
     this.errors(engine)
     this.one_each()
     this.death(engine)
+
+
+def column(folder: Path, name: str) -> list[float]:
+    (path,) = folder.glob("runs/*/metrics.csv")
+    with path.open() as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+def test_two_ranks_train_and_share_one_engine(countdown: dict[str, Any], run: Any, tmp_path: Path) -> None:
+    countdown["rollout"]["engine"] = {
+        "class_path": "lit_stepwise.engines.VLLMEngine",
+        "init_args": {"tensor_parallel_size": 2},
+    }
+    countdown["rollout"]["max_logprob_gap"] = 1e-4
+    countdown["trainer"] |= {"devices": 2, "strategy": "ddp", "max_epochs": 2}
+    done = run("fit", countdown)
+    assert done.returncode == 0, done.stderr
+    gaps = column(tmp_path, "train/logprob_gap")
+    assert len(gaps) == 4
+    assert max(gaps[::2]) < 1e-5  # of the first step of each iteration; the second has moved
 
 
 if __name__ == "__main__":

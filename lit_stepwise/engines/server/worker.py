@@ -13,7 +13,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-from lit_stepwise.engines.server_protocol import plain_config
+from lit_stepwise.engines.server.protocol import plain_config
 from lit_stepwise.engines.vllm_weights import repack
 
 

@@ -1,6 +1,6 @@
 """Runs a command, and lets nothing of it outlive the process that asked for it. Needs the standard library alone.
 
-    python -I -S server_supervisor.py PARENT_PID FOLDER[:FOLDER...] COMMAND [ARGUMENT ...]
+    python -I -S supervisor.py PARENT_PID FOLDER[:FOLDER...] COMMAND [ARGUMENT ...]
 
 It ends the command when the parent is gone or sends it SIGTERM, and whatever processes the command has left behind when
 it ended by itself; then it removes the folders.

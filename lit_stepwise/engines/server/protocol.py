@@ -19,7 +19,7 @@ def plain_config(config: Any) -> dict[str, Any]:
 
 
 def facts_in(answer: Any) -> dict[str, Any]:
-    """What ``server_worker.WorkerExtension`` says of a server. Raises ``EngineError`` for any other answer."""
+    """What ``worker.WorkerExtension`` says of a server. Raises ``EngineError`` for any other answer."""
     try:
         facts: dict[str, Any] = answer["results"][0]
         facts["config"]

@@ -1,6 +1,6 @@
 """The process of a vLLM server: turns our settings into vLLM's own, and serves.
 
-python -m lit_stepwise.engines.server_main SETTINGS_AS_JSON
+python -m lit_stepwise.engines.server.main SETTINGS_AS_JSON
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def server_settings(settings: Mapping[str, Any], cpu: bool, dtype: str) -> dict[
         "enable_scale_out": True,  # the endpoint that takes and gives token ids
         "enable_prompt_tokens_details": True,  # or it does not say what came out of the prefix cache
         "weight_transfer_config": {"backend": settings["weights_backend"]},
-        "worker_extension_cls": "lit_stepwise.engines.server_worker.WorkerExtension",
+        "worker_extension_cls": "lit_stepwise.engines.server.worker.WorkerExtension",
         "disable_uvicorn_access_log": True,
     }
     if cpu:

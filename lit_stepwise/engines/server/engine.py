@@ -14,23 +14,23 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from lit_stepwise.engines.server_process import (
+from lit_stepwise.engines.server.process import (
     ServerProcess,
     check_installed,
     check_model_path,
     expect_running,
     wait_until_ready,
 )
-from lit_stepwise.engines.server_protocol import check_facts, completion, facts_in, request_body
-from lit_stepwise.engines.server_ranks import Ranks
-from lit_stepwise.engines.server_weights import FileSender, NCCLSender, WeightSender
+from lit_stepwise.engines.server.protocol import check_facts, completion, facts_in, request_body
+from lit_stepwise.engines.server.ranks import Ranks
+from lit_stepwise.engines.server.weights import FileSender, NCCLSender, WeightSender
 from lit_stepwise.engines.vllm_weights import checked, expected_weights
 from lit_stepwise.errors import ConfigError, EngineError
 from lit_stepwise.interfaces import Engine
 from lit_stepwise.types import Completion, Request
 
 if TYPE_CHECKING:
-    from lit_stepwise.engines.server_client import Servers
+    from lit_stepwise.engines.server.client import Servers
 
 _STEP_SECONDS = 0.01
 _LOAD_SECONDS = 1800.0  # in which the first rank has to be done with sending weights, or the others give up
@@ -247,7 +247,7 @@ class VLLMServerEngine(Engine):
     def _connect(self, urls: list[str], model_path: str) -> None:
         from transformers import AutoConfig
 
-        from lit_stepwise.engines.server_client import Servers
+        from lit_stepwise.engines.server.client import Servers
 
         self._servers = Servers(urls, self.reconnect_seconds, self.health_seconds, first=self._ranks.rank)
         try:

@@ -16,7 +16,7 @@ from torch import Tensor
 from lit_stepwise.errors import EngineError
 
 if TYPE_CHECKING:
-    from lit_stepwise.engines.server_client import Servers
+    from lit_stepwise.engines.server.client import Servers
 
 _LEAVE_SECONDS = 10.0
 PIECE_BYTES = 256 << 20

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import lit_stepwise
-from lit_stepwise.engines import server_supervisor
+from lit_stepwise.engines.server import supervisor
 from lit_stepwise.errors import EngineError
 
 _POLL_SECONDS = 0.2
@@ -42,7 +42,7 @@ class ServerProcess:
         """Start it.
 
         Args:
-            settings: Those of ``server_main.server_settings``; without an ``address`` it serves at a socket that only
+            settings: Those of ``main.server_settings``; without an ``address`` it serves at a socket that only
                 this user can reach.
             device: ``CUDA_VISIBLE_DEVICES`` of the server.
             folders: To be removed when the server has ended, however this process ends.
@@ -55,8 +55,8 @@ class ServerProcess:
         address = address or {"uds": str(self._folder / _SOCKET)}
         self.url = f"unix:{address['uds']}" if "uds" in address else f"http://{address['host']}:{address['port']}"
         owned = ":".join(str(folder) for folder in (self._folder, *folders))
-        supervised = [sys.executable, "-I", "-S", server_supervisor.__file__, str(os.getpid()), owned]
-        server = [sys.executable, "-m", "lit_stepwise.engines.server_main"]
+        supervised = [sys.executable, "-I", "-S", supervisor.__file__, str(os.getpid()), owned]
+        server = [sys.executable, "-m", "lit_stepwise.engines.server.main"]
         self._log = None if in_terminal else (log or self._folder / "log").open("wb+")
         self._process = subprocess.Popen(
             [*supervised, *server, json.dumps({"server_kwargs": {}, **settings, "address": address})],
@@ -102,7 +102,7 @@ class ServerProcess:
 
 def wait_until_ready(processes: Sequence[ServerProcess], seconds: float) -> None:
     """Raise ``EngineError`` when one dies before all serve, or has not come up after so many seconds."""
-    from lit_stepwise.engines.server_client import Servers
+    from lit_stepwise.engines.server.client import Servers
 
     deadline = time.monotonic() + seconds
     with closing(Servers([process.url for process in processes], _ANSWER_SECONDS, _ANSWER_SECONDS)) as servers:
