@@ -163,7 +163,7 @@ class RolloutCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Before anything is learnt from an engine, see whether it played the policy that is trained."""
-        if self.live.proven or not self.live.phases.started:
+        if self.live.proven or self.live.handed_over is None:  # a resumed run may first train what it had stored
             return
         self.live.proven = True
         gap = cast(Policy, pl_module).logprob_gap()

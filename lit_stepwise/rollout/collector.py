@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
 import torch.distributed
@@ -19,6 +20,8 @@ from lit_stepwise.types import Deadlines, Limits, Prepared, Rollout, Sampling, T
 
 _STAGE_SEEDS = {"train": 0, "evaluate": 1}
 """Keeps the draws of training and evaluation apart."""
+
+_PATIENCE = timedelta(days=1)  # a rank waits for those that still play; one that died is noticed at once
 
 T = TypeVar("T")
 
@@ -49,7 +52,7 @@ class Collector:
 
     def __post_init__(self) -> None:
         if self.fabric.world_size > 1:
-            self.group = torch.distributed.new_group(backend="gloo")
+            self.group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
 
     def play(
         self,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lit_stepwise.algo import Filters, GiGPO, GroupRelative
 from lit_stepwise.algo.filters import Selection
-from lit_stepwise.errors import ConfigError, EngineError, StepwiseError
+from lit_stepwise.errors import ConfigError, EngineError, MismatchError, StepwiseError
 from lit_stepwise.rollout import RolloutCallback
 from lit_stepwise.rollout.phases import Draw
 from lit_stepwise.rollout.store import read_trajectories
@@ -370,3 +370,35 @@ def test_waiting_and_idling_are_measured_between_one_iteration_and_the_next(atta
     first, second = listener.rollouts
     assert (first.cycle_seconds, first.wait_seconds > 0) == (0.0, True)
     assert second.wait_seconds < 0.15 < 0.2 < second.cycle_seconds
+
+
+# ---- the first optimizer step
+
+
+def step_with(callback: RolloutCallback, gap: float) -> None:
+    policy = callback.live.policy
+    policy.gap = gap
+    callback.on_before_optimizer_step(None, policy, None)  # type: ignore[arg-type]
+
+
+def test_nothing_is_learnt_from_an_engine_whose_samples_are_not_the_policys(attached: Any) -> None:
+    callback, _ = attached(max_logprob_gap=0.3)
+    step_with(callback, 0.9)  # nothing was played yet: a resumed run trains what it had stored
+    callback.collect(0)
+    with pytest.raises(MismatchError, match=r"first optimizer step .* 0\.9000 nats off .*max_logprob_gap=0\.3"):
+        step_with(callback, 0.9)
+
+
+def test_later_steps_may_differ_by_what_was_learnt(attached: Any) -> None:
+    callback, _ = attached(max_logprob_gap=0.3)
+    callback.collect(0)
+    step_with(callback, 0.2)
+    step_with(callback, 0.9)
+
+
+def test_a_cut_distribution_is_told_its_bias_as_measured(attached: Any) -> None:
+    with pytest.warns(UserWarning, match="cut distribution"):
+        callback, _ = attached(max_logprob_gap=0.1, sampling=Sampling(top_p=0.75))
+    callback.collect(0)
+    with pytest.warns(UserWarning, match=r"0\.2500 nats off .*; that is how much rollout.sampling.top_p=0.75 biases"):
+        step_with(callback, 0.25)
