@@ -84,7 +84,7 @@ def serving(tied: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
 
 @pytest.fixture(scope="module")
 def started(serving: tuple[str, Any], tied: Path) -> Iterator[VLLMServerEngine]:
-    engine = VLLMServerEngine(urls=[serving[0]])
+    engine = VLLMServerEngine(urls=[serving[0]], seed_requests=True)
     engine.start(str(tied), MAX_CONTEXT)
     yield engine
     engine.close()
@@ -247,7 +247,7 @@ def test_a_file_that_a_server_cannot_see_is_said_and_the_engine_recovers(
 
 
 def test_another_model_or_too_short_a_context_is_refused(serving: tuple[str, Any], tied: Path, untied: Path) -> None:
-    engine = VLLMServerEngine(urls=[serving[0]])
+    engine = VLLMServerEngine(urls=[serving[0]], seed_requests=True)
     with pytest.raises(EngineError, match=r"serves another model.*hidden_act|intermediate_size 192 there and 96 here"):
         engine.start(str(untied), MAX_CONTEXT)
     with pytest.raises(EngineError, match=r"takes 640 tokens.*max_context_tokens=641"):

@@ -138,7 +138,7 @@ def start(tiny_model: Path) -> Iterator[Callable[..., VLLMServerEngine]]:
     engines = []
 
     def make(servers: list[FakeServer], **settings: Any) -> VLLMServerEngine:
-        given = {"reconnect_seconds": 1.0, **settings}
+        given = {"reconnect_seconds": 1.0, "seed_requests": True, **settings}
         engine = VLLMServerEngine([server.url for server in servers], **given)
         engines.append(engine)
         engine.start(str(tiny_model), MAX_CONTEXT)

@@ -39,8 +39,8 @@ _LOAD_SECONDS = 1800.0  # in which the first rank has to be done with sending we
 class VLLMServerEngine(Engine):
     """Samples with vLLM servers, which all ranks share: those at ``urls``, or child processes of the first rank.
 
-    A response follows ``Request.seed`` alone as far as the servers' arithmetic does: in float32 on a CPU; on a GPU
-    rounding depends on what else is in the batch, unless the servers run with ``VLLM_BATCH_INVARIANT=1``.
+    With ``seed_requests`` a response follows ``Request.seed`` alone as far as their arithmetic does: in float32 on
+    a CPU; on a GPU rounding depends on what else is in the batch, unless they run with ``VLLM_BATCH_INVARIANT=1``.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class VLLMServerEngine(Engine):
         server_kwargs: dict[str, Any] | None = None,
         weights_backend: Literal["file", "nccl"] = "file",
         weights_folder: str | None = None,
-        seed_requests: bool = True,
+        seed_requests: bool = False,
         reconnect_seconds: float = 5.0,
         health_seconds: float = 120.0,
         start_seconds: float = 600.0,
@@ -71,7 +71,8 @@ class VLLMServerEngine(Engine):
                 ``nccl``: from GPU to GPU, which has to be another than the trainer's.
             weights_folder: Where pieces of the weights lie while they are loaded; by default /dev/shm. Servers on other
                 machines need one that they share with the first rank.
-            seed_requests: Whether ``Request.seed`` decides a response, which can cost a GPU time.
+            seed_requests: Whether ``Request.seed`` decides a response. vLLM then draws one request at a time, which
+                takes a CPU half as long again or more.
             reconnect_seconds: After which a server that shows no sign of life is lost.
             health_seconds: After which a server that shows some, but computes nothing, is lost.
             start_seconds: In which child processes have to come up.

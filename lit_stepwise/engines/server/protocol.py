@@ -64,6 +64,7 @@ def request_body(request: Request, max_new_tokens: int, salt: str, seeded: bool)
         "top_p": request.sampling.top_p,
         "stop": list(request.sampling.stop) or None,
         "include_stop_str_in_output": True,
+        "detokenize": bool(request.sampling.stop),
         "skip_special_tokens": False,  # a stop string is looked for in the text that the environment reads
         "max_tokens": max_new_tokens,
         "logprobs": 0,  # of the sampled token alone
