@@ -33,13 +33,14 @@ class Ahead(Generic[T]):
         """Wait until all that was started has been played."""
         wait(self._iterations.values())
 
-    def drop(self, timeout: float | None = None) -> None:
-        """Want nothing of what was started any more, and wait for the one in play."""
+    def drop(self) -> None:
+        """Want nothing of what was started any more. It is played to its end: other ranks may count on this one."""
+        self.settle()
+        self._iterations.clear()
+
+    def close(self, timeout: float) -> None:
+        """Start nothing more, and wait so long for the iteration in play."""
         for future in self._iterations.values():
             future.cancel()
         wait(self._iterations.values(), timeout)
-        self._iterations.clear()
-
-    def close(self) -> None:
-        """Let the thread end."""
         self._thread.close()

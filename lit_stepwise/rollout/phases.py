@@ -146,8 +146,7 @@ class Phases:
     def close(self) -> None:
         """End play and the engine."""
         self.collector.turnstile.stopped = True
-        self.ahead.drop(timeout=5.0)
-        self.ahead.close()
+        self.ahead.close(timeout=5.0)
         self.engine.close()
         self.heartbeat.close()
 

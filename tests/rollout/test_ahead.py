@@ -18,13 +18,13 @@ def test_iterations_are_played_once_and_in_order_while_others_are_trained() -> N
     assert played == [3, 4, 5]
     assert [ahead.take(iteration) for iteration in (3, 4, 5)] == [30, 40, 50]
     assert played == [3, 4, 5]
-    ahead.close()
+    ahead.close(1)
 
 
 def test_what_was_not_started_is_played_when_it_is_asked_for() -> None:
     ahead = Ahead(lambda iteration: -iteration)
     assert ahead.take(7) == -7
-    ahead.close()
+    ahead.close(1)
 
 
 def test_an_error_reaches_whoever_takes_the_iteration() -> None:
@@ -34,22 +34,30 @@ def test_an_error_reaches_whoever_takes_the_iteration() -> None:
     with pytest.raises(ZeroDivisionError):
         ahead.take(0)
     assert ahead.take(1) == 1
-    ahead.close()
+    ahead.close(1)
 
 
 def test_what_is_dropped_is_played_again_when_it_is_asked_for() -> None:
+    played: list[int] = []
+    ahead = Ahead(lambda iteration: played.append(iteration) or len(played))
+    ahead.start(1)
+    ahead.start(2)
+    ahead.drop()
+    assert played == [1, 2]
+    assert (ahead.take(1), played) == (3, [1, 2, 1])
+    ahead.close(1)
+
+
+def test_closing_starts_nothing_more_and_waits_for_what_is_in_play() -> None:
     played, go_on = [], threading.Event()
 
-    def play(iteration: int) -> int:
-        played.append(iteration)
+    def play(iteration: int) -> None:
         go_on.wait(20)
-        return len(played)
+        played.append(iteration)
 
     ahead = Ahead(play)
     ahead.start(1)
     ahead.start(2)
     threading.Timer(0.05, go_on.set).start()
-    ahead.drop()
+    ahead.close(10)
     assert played == [1]
-    assert ahead.take(1) == 2
-    ahead.close()
