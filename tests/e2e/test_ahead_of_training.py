@@ -65,3 +65,15 @@ def test_a_resumed_run_goes_on_with_every_iteration_to_come(
     assert done.returncode == 0, done.stderr
     files = sorted(path.name for path in tmp_path.glob("runs/version_1/trajectories/train-*.jsonl"))
     assert files == ["train-000002.jsonl", "train-000003.jsonl"]  # the stored samples of iteration 1 were trained
+
+
+def test_two_ranks_play_ahead_beside_each_others_training(countdown: dict[str, Any], run: Any, tmp_path: Path) -> None:
+    countdown["rollout"] |= {"staleness": 2, "deterministic": False}
+    countdown["trainer"] |= {"devices": 2, "strategy": "ddp", "max_epochs": 4}
+    countdown["data"]["tasks_per_iteration"] = 4
+    done = run("fit", countdown)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("runs/*/trajectories/train-*.jsonl"))) == 4
+    assert {(each["group"], each["sample"]) for each in stored(tmp_path, 3)} == {
+        (group, sample) for group in range(4) for sample in range(4)
+    }

@@ -33,3 +33,16 @@ def test_a_server_plays_ahead_of_training_and_weights_reach_it(
     assert column(tmp_path, "train/logprob_gap")[0] < 1e-5
     for k in (1, 2, 4):
         assert len(column(tmp_path, f"val/pass_at_{k}")) == 3
+
+
+def test_an_adapter_alone_is_trained_and_alone_reaches_vllm(
+    countdown: dict[str, Any], run: Any, tmp_path: Path
+) -> None:
+    countdown["rollout"]["engine"] = {"class_path": "lit_stepwise.engines.VLLMEngine"}
+    countdown["rollout"]["max_logprob_gap"] = 1e-4
+    countdown["model"]["lora"] = {"rank": 4}
+    countdown["model"]["optimizer"]["init_args"]["lr"] = 0.01  # or nobody would see an adapter that did not arrive
+    done = run("fit", countdown, "--trainer.max_epochs", "3")
+    assert done.returncode == 0, done.stderr
+    gaps = column(tmp_path, "train/logprob_gap")
+    assert max(gaps[::2]) < 1e-5 < 1e-2 < min(gaps[1::2])
