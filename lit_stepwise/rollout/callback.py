@@ -284,8 +284,7 @@ class RolloutCallback(pl.Callback):
         selection = self.filters.selection(trajectories, advantages, played.groups, played.num_rounds)
         self._keep(f"train-{iteration:06d}", trajectories, advantages)
         self.live.collector.fabric.call("on_selection", selection=selection)
-        if not self.staleness:
-            self.engine.sleep()
+        self.live.phases.rest()
         return step_samples(trajectories, advantages, self.samples, selection.trained)
 
     def _hand_over(self, rollout: Rollout, began: float) -> None:

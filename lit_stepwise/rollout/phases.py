@@ -143,6 +143,11 @@ class Phases:
             )
         return time.perf_counter() - began
 
+    def rest(self) -> None:
+        """Let the trainer have the engine's memory, unless play goes on beside it."""
+        if self.started and not self.staleness:
+            self.engine.sleep()
+
     def close(self) -> None:
         """End play and the engine."""
         self.collector.turnstile.stopped = True

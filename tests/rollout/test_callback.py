@@ -220,6 +220,10 @@ class Frail(ScriptedEngine):
         self.dead, self._version = False, -1
         self._pending.clear()
 
+    def sleep(self) -> None:
+        if self.dead:
+            raise EngineError("sleep was called before start")
+
     def step(self) -> list[Completion]:
         plays = bool(self._pending) and not self._pending[0].request_id.startswith("probe")
         if plays and self.answers in self.deaths:
