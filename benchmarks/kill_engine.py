@@ -25,6 +25,7 @@ import yaml
 
 from lit_stepwise.testing import save_tiny_model
 
+MODULE = "lit_stepwise.engines.server.main"
 GAME = """
 import random, time
 from dataclasses import dataclass
@@ -106,10 +107,12 @@ class Run:
 
     def kill_one(self, rng: random.Random) -> str:
         """Its name."""
-        victim = rng.choice([each for each in self.below() if "vllm" in " ".join(each.cmdline()).lower()])
-        name = victim.name() if "VLLM" in victim.name() else " ".join(victim.cmdline())[-60:]
+        named = {each: each.name() for each in self.below() if each.name().startswith("VLLM")}
+        # the API server, whose command the process that minds it repeats
+        named |= {each: "API server" for each in self.below() if each.cmdline()[1:3] == ["-m", MODULE]}
+        victim = rng.choice(list(named))
         victim.kill()
-        return name.replace("\n", " ")
+        return named[victim]
 
 
 def left_behind(before: list[psutil.Process], files: set[str]) -> str:
