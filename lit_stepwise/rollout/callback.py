@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
@@ -302,10 +302,7 @@ class RolloutCallback(pl.Callback):
         """Play ``tasks`` and store all ranks' trajectories: one sample as ``evaluate`` does, more as ``collect``."""
         if samples_per_task == 1:
             return self._evaluate(tasks)[1]
-        live = self.live
-        rollout = live.phases.play(tasks, [self.sampling] * samples_per_task, evaluate=False)
-        live.collector.fabric.call("on_rollout_end", rollout=rollout)
-        trajectories = live.collector.gather(rollout.trajectories)
+        _, trajectories = self._phase(tasks, [self.sampling] * samples_per_task, "train")
         self._keep("play", trajectories, assign_credit(trajectories, self.advantage))
         return trajectories
 
@@ -324,12 +321,18 @@ class RolloutCallback(pl.Callback):
         return self._live
 
     def _evaluate(self, tasks: Sequence[Task]) -> tuple[Rollout, list[Trajectory]]:
-        live = self.live
-        rollout = live.phases.play(tasks, self.evaluation.samplings(self.sampling), evaluate=True)
-        live.collector.fabric.call("on_rollout_end", rollout=rollout)
-        trajectories = live.collector.gather(rollout.trajectories)
+        rollout, trajectories = self._phase(tasks, self.evaluation.samplings(self.sampling), "evaluate")
         self._keep(f"evaluate-step{rollout.policy_version:06d}", trajectories)
         return rollout, trajectories
+
+    def _phase(
+        self, tasks: Sequence[Task], samplings: Sequence[Sampling], stage: Literal["train", "evaluate"]
+    ) -> tuple[Rollout, list[Trajectory]]:
+        """What this rank played, and the trajectories of all ranks."""
+        live = self.live
+        rollout = live.phases.play(tasks, samplings, stage)
+        live.collector.fabric.call("on_rollout_end", rollout=rollout)
+        return rollout, live.collector.gather(rollout.trajectories)
 
     def _priced(self, played: Played) -> Sequence[Trajectory]:
         """All ranks' trajectories with the price of leaving the reference among their rewards, where there is one."""

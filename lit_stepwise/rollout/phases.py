@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import reduce
 from itertools import islice
+from typing import Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -115,13 +116,14 @@ class Phases:
                     self.ahead.start(following)
         return replace(played, rollout=replace(played.rollout, sync_seconds=seconds))
 
-    def play(self, tasks: Sequence[Task], samplings: Sequence[Sampling], evaluate: bool) -> Rollout:
+    def play(
+        self, tasks: Sequence[Task], samplings: Sequence[Sampling], stage: Literal["train", "evaluate"]
+    ) -> Rollout:
         """A phase that no iteration is made of; this rank's part. Plays it again if the engine dies meanwhile."""
         self.ahead.settle()
         while True:
             seconds = self._sync_or_restart()
-            stage, iteration = ("evaluate", -1) if evaluate else ("train", 0)
-            rollout = self.collector.play(tasks, samplings, stage=stage, iteration=iteration)  # type: ignore[arg-type]
+            rollout = self.collector.play(tasks, samplings, stage=stage, iteration=-1 if stage == "evaluate" else 0)
             failure = next(filter(None, self.collector.from_all_ranks(rollout.engine_failure)), "")
             if not failure:
                 return replace(rollout, sync_seconds=seconds, wait_seconds=rollout.play_seconds + seconds)
