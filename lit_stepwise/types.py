@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lit_stepwise.errors import ConfigError
 
@@ -438,21 +438,71 @@ class MiniBatch:
         return sum(sample.num_response_tokens for sample in self.samples)
 
 
+class Segment(NamedTuple):
+    """A chain of nodes of a ``TokenTree`` without a fork inside it, as long as it can be."""
+
+    start: int
+    stop: int
+    """One past its last node."""
+    end: int
+    """One past the last node below it: ``stop`` where nothing follows."""
+    parent: int
+    """Index of the segment that it continues; -1 for a root."""
+
+
 @dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """Step samples that are forwarded together, padded on the right (a causal model never sees the padding).
+class TokenTree:
+    """Token sequences as a forest: a prefix that several have in common is there once.
 
     ::
 
-        token_ids      p0 p1 r0 ..        response_mask  0  0  1  0        turns  0 1 1 1
-                       p0 r0 r1 r2                       0  1  1  1
-        targets        r0 | r0 r1 r2      (N = 4; the flat fields follow this order)
+        sequences      a b c            nodes, depth first   a b c d e
+                       a b d e          positions            0 1 2 2 3
+                                        ends                 5 5 3 5 5
+        segments       a b | c | d e    (start, stop, end, parent)   (0 2 5 -1) (2 3 3 0) (3 5 5 0)
+
+    All below node k are the nodes up to ``ends[k]``, so node q sees node k if and only if k <= q < ends[k].
     """
 
     token_ids: Tensor
-    """[B, S] int64"""
-    response_mask: Tensor
-    """[B, S] bool, True on sampled tokens."""
+    """[T] int64"""
+    positions: Tensor
+    """[T] int64, how many tokens come before."""
+    ends: Tensor
+    """[T] int64"""
+    segments: Sequence[Segment]
+    """In the order of their nodes."""
+
+    def to(self, device: Any) -> TokenTree:
+        """The same on another device."""
+        return TokenTree(self.token_ids.to(device), self.positions.to(device), self.ends.to(device), self.segments)
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Step samples that are forwarded together.
+
+    What they share is computed once: T nodes of the tree for all tokens of all samples. A sampled token that is the
+    same node in several samples is one of U targets, which is read at the node before it; but each of these N sampled
+    tokens has an advantage, and with it a loss, of its own.
+
+    ::
+
+        samples   p0 p1 -> r0          tree      p0 p1 r0 r1     sources  1 2     targets  0 0 1
+                  p0 p1 -> r0 r1                                 labels  r0 r1    turns    0 1 1
+    """
+
+    tree: TokenTree
+    sources: Tensor
+    """[U] int64, the node whose distribution each target is drawn from."""
+    labels: Tensor
+    """[U] int64, the token ids of the targets."""
+    temperatures: Tensor
+    """[U] float32"""
+    targets: Tensor
+    """[N] int64, which target each sampled token is; sample by sample, as are the next five."""
+    turns: Tensor
+    """[N] int64, the step sample of each sampled token."""
     rollout_logprobs: Tensor
     """[N] float32"""
     old_logprobs: Tensor
@@ -461,24 +511,19 @@ class MicroBatch:
     """[N] float32"""
     weights: Tensor
     """[N] float32, of each token's loss in the mini-batch (``algo.reductions.token_weights``)."""
-    temperatures: Tensor
-    """[N] float32"""
-
-    @property
-    def turns(self) -> Tensor:
-        """[N] int64, the row of each token."""
-        return self.response_mask.nonzero()[:, 0]
+    lengths: Sequence[int]
+    """Of the step samples, in tokens."""
 
     def __post_init__(self) -> None:
-        num_targets = int(self.response_mask.sum())
-        for name in ("rollout_logprobs", "old_logprobs", "advantages", "weights", "temperatures"):
-            if getattr(self, name).shape != (num_targets,):
-                shape = tuple(getattr(self, name).shape)
-                raise ValueError(f"{name} has shape {shape} but {num_targets} response tokens are marked in the mask")
+        for name in ("turns", "rollout_logprobs", "old_logprobs", "advantages", "weights"):
+            _same_size("targets", self.targets, name, getattr(self, name))
+        for name in ("sources", "temperatures"):
+            _same_size("labels", self.labels, name, getattr(self, name))
 
     def to(self, device: Any) -> MicroBatch:
         """The same on another device."""
-        return MicroBatch(**{name: getattr(self, name).to(device) for name in self.__slots__})
+        moved = {name: getattr(self, name).to(device) for name in self.__slots__ if name != "lengths"}
+        return MicroBatch(**moved, lengths=self.lengths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -544,3 +589,8 @@ def _same_length(name: str, values: Sequence[Any], other: str, others: Sequence[
 def _cover(versions: Sequence[VersionSpan], response_ids: Sequence[int]) -> None:
     if sum(span.num_tokens for span in versions) != len(response_ids):
         raise ValueError(f"the spans {versions} do not cover {len(response_ids)} response_ids; say of each token which")
+
+
+def _same_size(name: str, values: Tensor, other: str, others: Tensor) -> None:
+    if values.shape != others.shape:
+        raise ValueError(f"{name} has shape {tuple(values.shape)} but {other} {tuple(others.shape)}")

@@ -37,7 +37,7 @@ def step_samples(
         if trajectory.failed or not is_wanted:
             continue
         turns = [_row(trajectory, index, value) for index, value in enumerate(values)]
-        samples += turns if rows == "step" else _joined(turns)
+        samples += turns if rows == "step" else joined(turns)
     return samples
 
 
@@ -71,16 +71,16 @@ def _token_advantages(turn: Turn, advantage: float) -> list[float]:
     return [advantage + reward for reward in turn.token_rewards]
 
 
-def _joined(rows: Sequence[StepSample]) -> list[StepSample]:
-    """One row for as many turns as continue each other."""
-    joined: list[StepSample] = []
-    for row in rows:
-        whole = [*joined[-1].prompt_ids, *joined[-1].response_ids] if joined else []
-        if joined and list(row.prompt_ids[: len(whole)]) == whole:
-            joined[-1] = _continued(joined[-1], row, len(row.prompt_ids) - len(whole))
+def joined(turns: Sequence[StepSample]) -> list[StepSample]:
+    """One row for as many turns of a trajectory as continue each other."""
+    rows: list[StepSample] = []
+    for turn in turns:
+        whole = [*rows[-1].prompt_ids, *rows[-1].response_ids] if rows else []
+        if rows and list(turn.prompt_ids[: len(whole)]) == whole:
+            rows[-1] = _continued(rows[-1], turn, len(turn.prompt_ids) - len(whole))
         else:
-            joined.append(row)
-    return joined
+            rows.append(turn)
+    return rows
 
 
 def _continued(row: StepSample, following: StepSample, num_between: int) -> StepSample:

@@ -23,7 +23,7 @@ class Logs(pl.LightningModule):
         super().__init__()
         self.rollout_metrics = RolloutMetrics()
         self.evaluation_metrics = EvaluationMetrics()
-        self.update_metrics = UpdateMetrics()
+        self.update_metrics: UpdateMetrics = UpdateMetrics()
         self._rollout: Rollout | None = None
         self._selection: dict[str, float] = {}
 
@@ -40,7 +40,11 @@ class Logs(pl.LightningModule):
 
     def log_update(self, values: dict[str, float]) -> None:
         """``values`` and the metrics of an optimizer step; with the first of an iteration what was played for it."""
-        self.log_dict(self.update_metrics.result() | values, batch_size=1)
+        values = self.update_metrics.result() | values
+        self.log_dict(values, batch_size=1)
+        computed, saved = values["tokens/forwarded"], values["tokens/saved"]
+        shown = {"computed/trained": computed / max(1, values["tokens/trained"]), "saved": saved / (computed + saved)}
+        self.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
         if self._rollout is not None:
             self._log_rollout(self._rollout)
             self._rollout = None

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import CatMetric, MeanMetric, SumMetric
 
+from lit_stepwise.algo.flops import Flops, pairs_of
 from lit_stepwise.algo.kl import KLPenalty
 from lit_stepwise.training.aggregates import Aggregates
+from lit_stepwise.types import MicroBatch
 
 
 def gaps_of(differences: Tensor) -> dict[str, float]:
@@ -40,32 +42,39 @@ class UpdateMetrics(nn.Module):
         super().__init__()
         self.loss = SumMetric()
         self.means = Aggregates(MeanMetric)
-        self.tokens = Aggregates(SumMetric, "trained", "forwarded")
+        self.tokens = Aggregates(SumMetric, "trained", "forwarded", "saved")
+        self.flops = Aggregates(SumMetric, "trained", "saved")
         # all are kept, for the percentile to be exact: four bytes a token, a few megabytes an optimizer step
         self.differences = CatMetric()
 
-    def update(
-        self,
-        loss: Tensor,
-        per_token: Mapping[str, Tensor],
-        differences: Tensor,
-        num_trained: int,
-        num_forwarded: int,
-    ) -> None:
-        """Take in one micro-batch.
+    def update(self, loss: Tensor, per_token: Mapping[str, Tensor], differences: Tensor) -> None:
+        """Take in what the objective said of one micro-batch.
 
         Args:
             loss: its part of the mini-batch's.
             per_token: values by name, of all its tokens or of some.
             differences: [n] trainer minus engine, of the tokens of which both logprobs are finite.
-            num_trained: sampled tokens.
-            num_forwarded: tokens that the forward pass computed, padding included.
         """
         self.loss.update(loss.detach())
         self.observe(per_token)
         self.differences.update(differences.detach().float())
-        self.tokens.update("trained", num_trained)
+
+    def count(self, batch: MicroBatch, num_forwarded: int, flops: Flops) -> None:
+        """Take in what one micro-batch cost, and what it would have cost with each step sample by itself.
+
+        Args:
+            batch: what was forwarded.
+            num_forwarded: tokens that the forward pass computed, padding included.
+            flops: of a forward pass of the model; an update takes three times as many.
+        """
+        self.tokens.update("trained", len(batch.targets))
         self.tokens.update("forwarded", num_forwarded)
+        self.tokens.update("saved", sum(batch.lengths) - num_forwarded)
+        positions = batch.tree.positions
+        packed = flops(len(positions), int(positions.sum()) + len(positions), len(batch.labels))
+        apart = flops(sum(batch.lengths), sum(map(pairs_of, batch.lengths)), len(batch.targets))
+        self.flops.update("trained", 3 * packed)
+        self.flops.update("saved", 3 * (apart - packed))
 
     def observe(self, per_token: Mapping[str, Tensor]) -> None:
         """Take in values by name that come from elsewhere."""
@@ -77,13 +86,14 @@ class UpdateMetrics(nn.Module):
         return self._gaps().get("logprob_gap", 0.0)
 
     def result(self) -> dict[str, float]:
-        """Over all ranks, then start afresh: ``train/loss``, ``train/<mean>``, ``train/<gap>``, ``tokens/<kind>``.
+        """Over all ranks, then start afresh: ``train/<mean>``, ``train/<gap>``, ``tokens/<kind>``, ``flops/<kind>``.
 
         A mean is there if anything was said about it since the last step.
         """
         values = {"train/loss": float(self.loss.compute())}
         values |= {f"train/{name}": value for name, value in self._gaps().items()}
         values |= self.means.result("train/") | self.tokens.result("tokens/")
+        values |= self.flops.result("flops/")
         self.loss.reset()
         self.differences.reset()
         return values

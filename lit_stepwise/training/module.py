@@ -16,8 +16,9 @@ from torch import Tensor
 from lit_stepwise.algo.correction import RolloutCorrection
 from lit_stepwise.algo.kl import KLPenalty
 from lit_stepwise.algo.losses import DualClip
-from lit_stepwise.algo.microbatches import collate, plan_micro_batches
+from lit_stepwise.algo.packing import Packing, collate
 from lit_stepwise.algo.reductions import Reduction, token_weights
+from lit_stepwise.algo.tree_attention import AttentionName
 from lit_stepwise.errors import ConfigError
 from lit_stepwise.interfaces import PolicyLoss
 from lit_stepwise.training.logs import Logs
@@ -38,7 +39,7 @@ def _constant(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRSc
 
 
 class StepwiseModule(PolicyRole, Logs):
-    """One ``training_step`` is one optimizer step over a mini-batch of step samples, in micro-batches of like length.
+    """One ``training_step`` is one optimizer step over a mini-batch of step samples, in micro-batches.
 
     Args:
         model_path: folder or name of a Hugging Face causal language model.
@@ -59,7 +60,11 @@ class StepwiseModule(PolicyRole, Logs):
         optimizer: class_path of a torch optimizer with its init_args.
         lr_scheduler: class_path of a torch scheduler, stepped once per optimizer step.
         max_grad_norm: the gradient is clipped to this norm; 0 leaves it alone.
-        max_tokens_per_micro_batch: rows x longest row that are forwarded together; the one knob for memory.
+        packing: tree computes what step samples have in common once, with the logprobs and gradients of samples apart;
+            trajectory shares within each trajectory alone; none makes padded rows, with the model's own attention.
+        attention: over a tree. auto: segments on a CPU, and on a GPU varlen (half precision) or flex; dense is slow and
+            certain.
+        max_tokens_per_micro_batch: tokens that are computed together; the one knob for memory.
         logits_chunk_tokens: response tokens whose logits exist at a time.
     """
 
@@ -78,19 +83,26 @@ class StepwiseModule(PolicyRole, Logs):
         optimizer: OptimizerCallable = _adamw,
         lr_scheduler: LRSchedulerCallable = _constant,
         max_grad_norm: float = 1.0,
+        packing: Packing = "tree",
+        attention: AttentionName = "auto",
         max_tokens_per_micro_batch: int = 16384,
-        logits_chunk_tokens: int = 2048,
+        logits_chunk_tokens: int = 1024,
     ) -> None:
         super().__init__()
-        for name, value in {
+        for name, number in {
             "max_response_tokens": max_response_tokens,
             "max_tokens_per_micro_batch": max_tokens_per_micro_batch,
             "logits_chunk_tokens": logits_chunk_tokens,
         }.items():
-            if value < 1:
-                raise ConfigError(f"model.{name}={value}; use 1 or more")
-        if reduction not in get_args(Reduction):
-            raise ConfigError(f"model.reduction={reduction!r} is unknown; use one of {', '.join(get_args(Reduction))}")
+            if number < 1:
+                raise ConfigError(f"model.{name}={number}; use 1 or more")
+        for name, value, known in (
+            ("reduction", reduction, Reduction),
+            ("packing", packing, Packing),
+            ("attention", attention, AttentionName),
+        ):
+            if value not in get_args(known):
+                raise ConfigError(f"model.{name}={value!r} is unknown; use one of {', '.join(get_args(known))}")
         if reference_path is not None and not kl.needs_reference:
             raise ConfigError(
                 f"model.reference_path={reference_path!r} has no effect while model.kl.coefficient is 0; raise the "
@@ -98,6 +110,11 @@ class StepwiseModule(PolicyRole, Logs):
             )
         if lora is not None:
             lora.check()
+            if lora.dropout and packing != "none":
+                raise ConfigError(
+                    f"model.lora.dropout={lora.dropout} with model.packing={packing!r} would draw once for all samples "
+                    "that share a token; use a dropout of 0, or model.packing=none"
+                )
         self.automatic_optimization = False
         self.model_path = model_path
         self.lora = lora
@@ -111,6 +128,8 @@ class StepwiseModule(PolicyRole, Logs):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.max_grad_norm = max_grad_norm
+        self.packing = packing
+        self.attention = attention
         self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
         self.logits_chunk_tokens = logits_chunk_tokens
         self.policy = None
@@ -126,7 +145,7 @@ class StepwiseModule(PolicyRole, Logs):
     def configure_model(self) -> None:
         """Load the weights; Lightning may call this more than once."""
         if self.policy is None:
-            self.policy = PolicyModel.load(self.model_path, self.logits_chunk_tokens)
+            self.policy = PolicyModel.load(self.model_path, self.logits_chunk_tokens, self.packing, self.attention)
             if self.lora is not None:
                 self.lora.attach(self.policy)
         if self.reference is None and self.objective.kl.needs_reference:
@@ -138,6 +157,12 @@ class StepwiseModule(PolicyRole, Logs):
         if self.lora is not None:
             return WithoutAdapter(policy)
         return Reference.load(self.model_path, "model.model_path", policy)
+
+    def on_fit_start(self) -> None:
+        """Find out, on this very machine, whether attention over a tree is what it has to be."""
+        assert self.policy is not None
+        with self.as_in_training():
+            self.policy.test_attention(self.device)
 
     def configure_optimizers(self) -> Any:
         """What the YAML names."""
@@ -190,7 +215,7 @@ class StepwiseModule(PolicyRole, Logs):
         """
         assert self.policy is not None
         with self.as_in_training():
-            own = logprobs_of(self.policy.logprobs, samples, self._plan(samples), self.device)
+            own = logprobs_of(self.policy.logprobs, samples, self._plan(samples), self.packing, self.device)
         found = {i: logprobs for each in from_all_ranks(own) for i, logprobs in each.items()}
         return [replace(sample, old_logprobs=found[i]) for i, sample in enumerate(samples)]
 
@@ -219,26 +244,27 @@ class StepwiseModule(PolicyRole, Logs):
         """This rank's share."""
         samples = batch.samples
         weights = token_weights(samples, self.reduction, self.max_response_tokens)
-        return (collate([samples[i] for i in part], [weights[i] for i in part]) for part in self._plan(samples))
+        return (
+            collate([samples[i] for i in part], [weights[i] for i in part], self.packing)
+            for part in self._plan(samples)
+        )
 
     def _plan(self, samples: Sequence[StepSample]) -> list[list[int]]:
         """This rank's micro-batches of a mini-batch; every rank plans the same and runs the same number."""
-        lengths = [sample.num_tokens for sample in samples]
-        return plan_micro_batches(lengths, self.max_tokens_per_micro_batch, self.trainer.world_size)[self.global_rank]
+        return self.plan(samples, self.trainer.world_size)[self.global_rank]
 
     def _loss(self, batch: MicroBatch) -> Tensor:
         """This micro-batch's part of the loss of the mini-batch on all ranks."""
         assert self.policy is not None
         objective = self.objective
         ref_logprobs = self.reference(batch) if self.reference and objective.asks_reference else None
-        logprobs, entropies = self.policy(
-            batch.token_ids, batch.response_mask, batch.temperatures, entropy_gradient=objective.entropy_bonus > 0
-        )
+        logprobs, entropies = self.policy(batch, entropy_gradient=objective.entropy_bonus > 0)
         if objective.old_logprobs == "trainer" and not self.wants_old_logprobs:
             batch = replace(batch, old_logprobs=logprobs.detach())
         said = objective(batch, logprobs, entropies, ref_logprobs)
         loss = (batch.weights * said.losses).sum()
-        self.update_metrics.update(loss, said.logged, said.differences, len(logprobs), batch.token_ids.numel())
+        self.update_metrics.update(loss, said.logged, said.differences)
+        self.update_metrics.count(batch, self.policy.num_forwarded(batch.tree), self.policy.flops)
         # ddp and fsdp average the gradients of the ranks, while theirs is a sum over tokens
         return loss * self.trainer.world_size
 

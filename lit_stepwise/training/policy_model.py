@@ -9,22 +9,54 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
+from lit_stepwise.algo.flops import Flops
 from lit_stepwise.algo.logprobs import entropy, token_logprobs
+from lit_stepwise.algo.packing import Packing
+from lit_stepwise.algo.tree_attention import AttentionName
 from lit_stepwise.errors import ConfigError
-from lit_stepwise.types import MicroBatch
+from lit_stepwise.training import attention as tree_attention
+from lit_stepwise.types import MicroBatch, TokenTree
 
 
 class PolicyModel(nn.Module):
-    """Wraps a Hugging Face model. The head runs inside ``forward``, which is where sharded weights are whole."""
+    """Wraps a Hugging Face model. The head runs inside ``forward``, which is where sharded weights are whole.
 
-    def __init__(self, language_model: Any, chunk_tokens: int = 2048) -> None:
+    Args:
+        language_model: a causal language model.
+        chunk_tokens: targets whose logits exist at a time.
+        packing: none lays step samples out as padded rows, with the model's own attention; else they are one tree.
+        attention: what computes attention over a tree.
+    """
+
+    def __init__(
+        self,
+        language_model: Any,
+        chunk_tokens: int = 1024,
+        packing: Packing = "tree",
+        attention: AttentionName = "auto",
+    ) -> None:
         super().__init__()
+        if packing != "none":
+            tree_attention.refuse(language_model, packing)
+            tree_attention.register()
+            language_model.set_attn_implementation(tree_attention.NAME)
         self.language_model = language_model
         self.chunk_tokens = chunk_tokens
+        self.packing = packing
+        self.attention: AttentionName = attention
+        self.flops = Flops.of(language_model)
 
     @classmethod
-    def load(cls, path: str, chunk_tokens: int, setting: str = "model.model_path") -> PolicyModel:
+    def load(
+        cls,
+        path: str,
+        chunk_tokens: int = 1024,
+        packing: Packing = "tree",
+        attention: AttentionName = "auto",
+        setting: str = "model.model_path",
+    ) -> PolicyModel:
         """Read the weights as float32, in training mode. Raises ``ConfigError``, naming ``setting``, if that fails."""
         from transformers import AutoModelForCausalLM  # seconds of import that other commands need not pay
 
@@ -34,7 +66,7 @@ class PolicyModel(nn.Module):
             reason = str(error).strip().splitlines()[0]
             hint = "" if Path(path).exists() else "; the folder does not exist"
             raise ConfigError(f"{setting}={path!r} cannot be loaded{hint}: {reason}") from error
-        return cls(model.train(), chunk_tokens)
+        return cls(model.train(), chunk_tokens, packing, attention)
 
     @property
     def num_tokens(self) -> int:
@@ -51,35 +83,61 @@ class PolicyModel(nn.Module):
         finally:
             self.train(was_training)
 
+    def test_attention(self, device: torch.device) -> None:
+        """Raises ``ConfigError`` where attention over a tree is wrong on ``device``, in the precision of the moment."""
+        if self.packing != "none":
+            autocast = torch.is_autocast_enabled(device.type)
+            dtype = torch.get_autocast_dtype(device.type) if autocast else self.language_model.dtype
+            tree_attention.self_test(self.language_model, self.attention, device, dtype)
+
     def logprobs(self, batch: MicroBatch) -> Tensor:
         """[N] Those of ``forward``, alone."""
-        logprobs: Tensor = self(batch.token_ids, batch.response_mask, batch.temperatures)[0]
+        logprobs: Tensor = self(batch)[0]
         return logprobs
 
     def forward(
         self,
-        token_ids: Tensor,
-        response_mask: Tensor,
-        temperatures: Tensor,
+        batch: MicroBatch,
         entropy_gradient: bool = False,
         summary: Callable[[Tensor], Tensor] = entropy,
     ) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy of every response token.
+        """Log-probability and entropy of every sampled token.
 
         Args:
-            token_ids: [B, S] padded on the right; causality keeps the padding out of what counts.
-            response_mask: [B, S] True on the N tokens asked for, never on the first of a row.
-            temperatures: [N]
+            batch: of N sampled tokens.
             entropy_gradient: the entropies carry a gradient, too.
             summary: what to say of the distribution of each token in place of its entropy, as in ``token_logprobs``.
 
         Returns:
-            logprobs [N] with gradient, entropies [N] without unless asked for; in row-major order of the mask.
+            logprobs [N] with gradient, entropies [N] without unless asked for.
         """
-        hidden = self.language_model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state
-        asked = response_mask[:, 1:]
+        hidden = self._of_rows(batch.tree) if self.packing == "none" else self._of_nodes(batch.tree)
         head = self.language_model.get_output_embeddings().weight
-        targets = token_ids[:, 1:][asked]
-        return token_logprobs(
-            hidden[:, :-1][asked], head, targets, temperatures, self.chunk_tokens, entropy_gradient, summary
+        logprobs, said = token_logprobs(
+            hidden[batch.sources], head, batch.labels, batch.temperatures, self.chunk_tokens, entropy_gradient, summary
         )
+        return logprobs[batch.targets], said[batch.targets]
+
+    def num_forwarded(self, tree: TokenTree) -> int:
+        """Tokens that ``forward`` computes, padding included."""
+        lengths = _lengths(tree)
+        return len(lengths) * max(lengths) if self.packing == "none" else sum(lengths)
+
+    def _of_nodes(self, tree: TokenTree) -> Tensor:
+        """[T, H] The hidden state of every node."""
+        return self._last_hidden_state(**tree_attention.inputs_of(tree, self.attention))[0]
+
+    def _of_rows(self, tree: TokenTree) -> Tensor:
+        """The same of a tree without forks, each root a row; causality keeps the padding on the right out of it."""
+        lengths = _lengths(tree)
+        rows = list(torch.split(tree.token_ids, lengths))
+        hidden = self._last_hidden_state(input_ids=pad_sequence(rows, batch_first=True))
+        return torch.cat([row[:length] for row, length in zip(hidden, lengths, strict=True)])
+
+    def _last_hidden_state(self, **inputs: Any) -> Tensor:
+        hidden: Tensor = self.language_model.base_model(**inputs, use_cache=False).last_hidden_state
+        return hidden
+
+
+def _lengths(tree: TokenTree) -> list[int]:
+    return [segment.stop - segment.start for segment in tree.segments]

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from lit_stepwise.algo.logprobs import likeliest
 from lit_stepwise.algo.microbatches import plan_micro_batches
+from lit_stepwise.algo.packing import Packing, collate
 from lit_stepwise.training.lora import WithoutAdapter, adapter_of, weights_of
 from lit_stepwise.training.metrics import UpdateMetrics
 from lit_stepwise.training.objective import Objective
 from lit_stepwise.training.policy_model import PolicyModel
 from lit_stepwise.training.scoring import Reference, as_sample, from_all_ranks, logprobs_of, price_of_turns
-from lit_stepwise.types import Adapter, Turn
+from lit_stepwise.types import Adapter, StepSample, Turn
 
 
 class PolicyRole(pl.LightningModule):
@@ -29,6 +30,7 @@ class PolicyRole(pl.LightningModule):
     reference: Reference | WithoutAdapter | None
     objective: Objective
     update_metrics: UpdateMetrics
+    packing: Packing
     max_tokens_per_micro_batch: int
     staleness: int = 0
     """Iterations that play may run ahead of training; set by the RolloutCallback in its ``setup``."""
@@ -53,12 +55,9 @@ class PolicyRole(pl.LightningModule):
         Without gradient. Every rank calls it together.
         """
         assert self.policy is not None
-        token_ids = torch.tensor([[*prompt_ids, *response_ids]], device=self.device)
-        mask = torch.zeros_like(token_ids, dtype=torch.bool)
-        mask[0, len(prompt_ids) :] = True
-        temperatures = torch.ones(len(response_ids), device=self.device)
+        sample = as_sample(prompt_ids, response_ids, temperature=1.0)
         with self.as_in_training():
-            logprobs, best = self.policy(token_ids, mask, temperatures, summary=likeliest)
+            logprobs, best = self.policy(collate([sample], [0.0], self.packing).to(self.device), summary=likeliest)
         return logprobs, best
 
     def logprob_gap(self) -> float:
@@ -76,15 +75,20 @@ class PolicyRole(pl.LightningModule):
         kl = self.objective.kl
         if self.reference is None or kl.place != "reward":
             return None
-        samples = [as_sample(turn, temperature) for turn in turns]
-        (plan,) = plan_micro_batches([sample.num_tokens for sample in samples], self.max_tokens_per_micro_batch)
+        samples = [as_sample(turn.prompt_ids, turn.response_ids, temperature) for turn in turns]
+        plan = self.plan(samples)[0]
         rounds = max(from_all_ranks(len(plan)))  # a sharded reference answers all ranks together
         plan += [[] for _ in range(rounds - len(plan))]
         with self.as_in_training():
-            found = logprobs_of(self.reference, samples, plan, self.device)
+            found = logprobs_of(self.reference, samples, plan, self.packing, self.device)
         penalties, estimates = price_of_turns(kl, turns, [found[i] for i in range(len(turns))])
         self.update_metrics.observe({"kl": estimates.to(self.device)})
         return penalties
+
+    def plan(self, samples: Sequence[StepSample], world_size: int = 1) -> list[list[list[int]]]:
+        """Which samples each rank forwards together, see ``plan_micro_batches``; every rank plans the same."""
+        assert self.policy is not None
+        return plan_micro_batches(samples, self.max_tokens_per_micro_batch, self.policy.flops, self.packing, world_size)
 
     @contextmanager
     def as_in_training(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_stepwise.algo.kl import KLPenalty
-from lit_stepwise.algo.microbatches import collate
+from lit_stepwise.algo.packing import Packing, collate
 from lit_stepwise.errors import ConfigError
 from lit_stepwise.training.policy_model import PolicyModel
 from lit_stepwise.types import MicroBatch, StepSample, Turn
@@ -28,7 +28,8 @@ class Reference:
     @classmethod
     def load(cls, path: str, setting: str, policy: PolicyModel) -> Reference:
         """Read it from ``path``, which ``setting`` names. Raises ``ConfigError`` when it cannot judge ``policy``."""
-        reference = cls(PolicyModel.load(path, policy.chunk_tokens, setting))
+        model = PolicyModel.load(path, policy.chunk_tokens, policy.packing, policy.attention, setting)
+        reference = cls(model)
         if reference.model.num_tokens != policy.num_tokens:
             raise ConfigError(
                 f"{setting}={path!r} knows {reference.model.num_tokens} tokens and the policy {policy.num_tokens}; "
@@ -39,7 +40,7 @@ class Reference:
     @torch.no_grad()
     def __call__(self, batch: MicroBatch) -> Tensor:
         """[N] Its log-probabilities, on the device of the batch."""
-        model = self.model.to(batch.token_ids.device)
+        model = self.model.to(batch.labels.device)
         return model.logprobs(batch)
 
 
@@ -48,6 +49,7 @@ def logprobs_of(
     model: Callable[[MicroBatch], Tensor],
     samples: Sequence[StepSample],
     plan: Iterable[Sequence[int]],
+    packing: Packing,
     device: torch.device,
 ) -> dict[int, list[float]]:
     """What ``model`` says of the micro-batches of ``plan``.
@@ -57,27 +59,27 @@ def logprobs_of(
     """
     found = {}
     for members in plan:
-        batch = collate([samples[i] for i in members], [0.0] * len(members)).to(device)
+        batch = collate([samples[i] for i in members], [0.0] * len(members), packing).to(device)
         values = iter(model(batch).tolist())
         for i in members:
             found[i] = [next(values) if sampled else 0.0 for sampled in samples[i].response_mask]
     return found
 
 
-def as_sample(turn: Turn, temperature: float) -> StepSample:
-    """A turn as a row to forward; there is nothing to learn from it."""
-    size = len(turn.response_ids)
+def as_sample(prompt_ids: Sequence[int], response_ids: Sequence[int], temperature: float) -> StepSample:
+    """A response to be scored; there is nothing to learn from it."""
+    size = len(response_ids)
     return StepSample(
-        prompt_ids=turn.prompt_ids,
-        response_ids=turn.response_ids,
+        prompt_ids=prompt_ids,
+        response_ids=response_ids,
         response_mask=[True] * size,
-        rollout_logprobs=turn.rollout_logprobs,
+        rollout_logprobs=[0.0] * size,
         advantages=[0.0] * size,
         reward=0.0,
         group=0,
         sample=0,
         turn=0,
-        policy_version=turn.policy_version,
+        policy_version=0,
         temperature=temperature,
     )
 

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.plugins import Precision
 
 from lit_stepwise.algo import KLPenalty
-from lit_stepwise.algo.microbatches import collate
+from lit_stepwise.algo.packing import collate
 from lit_stepwise.errors import ConfigError
 from lit_stepwise.testing import exact_logprobs
 from lit_stepwise.training import Lora, StepwiseModule, lora
@@ -56,7 +56,8 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("gpt2")
     tokens = {"vocab_size": 40, "bos_token_id": None, "eos_token_id": None}
-    config = GPT2Config(n_positions=32, n_embd=12, n_layer=1, n_head=2, **tokens)
+    no_dropout = {"attn_pdrop": 0, "resid_pdrop": 0, "embd_pdrop": 0}
+    config = GPT2Config(n_positions=32, n_embd=12, n_layer=1, n_head=2, **tokens, **no_dropout)
     GPT2LMHeadModel(config).save_pretrained(folder)
     return folder
 
@@ -174,11 +175,11 @@ def test_the_reference_is_the_policy_without_its_adapter(tiny_model: Path, place
 
 
 def test_dropout_is_for_updates_alone(tiny_model: Path) -> None:
-    module = module_with(tiny_model, Lora(rank=3, alpha=5, dropout=0.5), old_logprobs="trainer")
+    module = module_with(tiny_model, Lora(rank=3, alpha=5, dropout=0.5), old_logprobs="trainer", packing="none")
     assert torch.equal(module.score([5, 6], [7, 8])[0], module.score([5, 6], [7, 8])[0])
     first, second = (module.with_old_logprobs(samples())[1].old_logprobs for _ in range(2))
     assert first == second
-    batch = collate(samples(), [1.0] * 3)
+    batch = collate(samples(), [1.0] * 3, "none")
     assert not torch.equal(module.policy.logprobs(batch), module.policy.logprobs(batch))  # type: ignore[union-attr]
 
 
@@ -227,3 +228,9 @@ def test_without_peft_it_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> 
         ConfigError, match=r"model\.lora needs PEFT; install it with: pip install 'lit-stepwise\[lora\]'"
     ):
         StepwiseModule("unused", lora=LORA)
+
+
+@pytest.mark.parametrize("packing", ["tree", "trajectory"])
+def test_dropout_is_refused_where_samples_share_tokens(tiny_model: Path, packing: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"lora\.dropout=0\.5 with model\.packing='{packing}' would draw once"):
+        StepwiseModule(str(tiny_model), lora=Lora(dropout=0.5), packing=packing)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lit_stepwise.algo import DualClip
-from lit_stepwise.algo.microbatches import collate
+from lit_stepwise.algo.packing import collate
 from lit_stepwise.errors import ConfigError
 from lit_stepwise.interfaces import PolicyLoss
 from lit_stepwise.training import StepwiseModule
@@ -105,15 +105,27 @@ def test_the_loss_is_told_which_row_of_the_micro_batch_a_token_belongs_to(module
     assert loss.turns.shape == (0,)
 
 
-def test_trained_tokens_are_the_response_tokens_and_forwarded_tokens_include_padding(module: StepwiseModule) -> None:
+def test_trained_tokens_are_the_response_tokens_and_shared_ones_are_forwarded_once(module: StepwiseModule) -> None:
     rows = samples()
+    rows.append(replace(rows[1], response_ids=[*rows[1].response_ids[:2], 251, 252, 253], advantages=[0.5] * 5))
     module._trainer = SimpleNamespace(world_size=1)  # type: ignore[assignment]
     for _ in range(2):  # the second step starts from nothing
-        loss = module._loss(collate(rows, [1.0] * 6))
+        loss = module._loss(collate(rows, [1.0] * 7))
         values = module.update_metrics.result()
         assert values["train/loss"] == pytest.approx(float(loss.detach()))
-        assert values["tokens/trained"] == 2 + 5 + 7 + 1 + 3 + 4
-        assert values["tokens/forwarded"] == 6 * 15
+        assert values["tokens/trained"] == 2 + 5 + 7 + 1 + 3 + 4 + 5
+        assert values["tokens/forwarded"] == 5 + 14 + 11 + 2 + 15 + 10 + 3
+        assert values["tokens/saved"] == 9 + 2
+
+
+def test_padding_is_forwarded_too(tiny_model: Path) -> None:
+    module = StepwiseModule(str(tiny_model), packing="none")
+    module.configure_model()
+    module._trainer = SimpleNamespace(world_size=1)  # type: ignore[assignment]
+    module._loss(collate(samples(), [1.0] * 6, "none"))
+    values = module.update_metrics.result()
+    assert values["tokens/forwarded"] == 6 * 15
+    assert values["tokens/saved"] == 5 + 14 + 11 + 2 + 15 + 10 - 6 * 15
 
 
 def test_score_equals_the_full_logits_and_says_how_likely_the_likeliest_token_was(module: StepwiseModule) -> None:

@@ -217,7 +217,7 @@ def test_the_gradient_is_the_mean_over(reduction: Reduction) -> None:
 @pytest.mark.parametrize("loss", [DualClip(low=0.1, high=0.3, dual=1.7), GSPO(turn_low=0.1, turn_high=0.3)])
 def test_cutting_and_shuffling_a_mini_batch_changes_nothing(reduction: Reduction, loss: Any) -> None:
     whole = gradient_of(module_with(reduction=reduction, **ALL, loss=loss, max_tokens_per_micro_batch=999), rows())
-    for budget, num_parts in ((999, 1), (42, 2), (14, 5)):
+    for budget, num_parts in ((999, 1), (42, 2), (14, 4)):
         module = module_with(reduction=reduction, **ALL, loss=loss, max_tokens_per_micro_batch=budget)
         shuffled = random.Random(budget).sample(rows(), len(rows()))
         assert len(module._plan(shuffled)) == num_parts

@@ -119,7 +119,8 @@ def test_every_step_of_an_iteration_has_the_logprobs_of_before_its_first(tiny_mo
     assert plays.before is not None
     assert [len(batch.samples) for batch in plays.batches] == [6] * 4
     for batch in plays.batches:
-        with_same_plan = logprobs_of(plays.before.logprobs, batch.samples, module._plan(batch.samples), module.device)
+        plan = module._plan(batch.samples)
+        with_same_plan = logprobs_of(plays.before.logprobs, batch.samples, plan, "tree", module.device)
         for i, each in enumerate(batch.samples):
             assert list(each.old_logprobs) == with_same_plan[i]
             alone = exact_logprobs(plays.before.language_model, each.prompt_ids, each.response_ids, each.temperature)

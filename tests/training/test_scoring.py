@@ -111,7 +111,7 @@ def test_the_penalty_of_a_turn_is_the_sum_over_its_tokens(tiny_model: Path, othe
         differences += estimates.tolist()
     logged = []
     for _ in range(2):
-        module.update_metrics.update(torch.zeros(()), {}, torch.zeros(0), 0, 0)
+        module.update_metrics.update(torch.zeros(()), {}, torch.zeros(0))
         logged.append(module.update_metrics.result())
     assert logged[0]["train/kl"] == pytest.approx(sum(differences) / 4, rel=1e-5)
     assert "train/kl" not in logged[1]  # once per iteration, with its first step

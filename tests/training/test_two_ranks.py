@@ -13,6 +13,8 @@ import torch
 from lightning.pytorch.plugins import Precision
 
 from lit_stepwise.algo import KLPenalty
+from lit_stepwise.algo.flops import Flops
+from lit_stepwise.algo.packing import collate
 from lit_stepwise.training import StepwiseModule
 from lit_stepwise.training.evaluation import EvaluationMetrics
 from lit_stepwise.training.metrics import UpdateMetrics
@@ -65,7 +67,7 @@ def work(rank: int, model_path: str, folder: str) -> None:
 
     module.reference.model.logprobs = count  # type: ignore[method-assign]
     penalties = module.reference_penalties(turns(5) if rank == 0 else [], 1.0)
-    module.update_metrics.update(torch.zeros(()), {}, torch.zeros(0), 0, 0)
+    module.update_metrics.update(torch.zeros(()), {}, torch.zeros(0))
     kl = module.update_metrics.result()["train/kl"]
     found = {"scored": scored, "penalties": penalties, "asked": num_asked, "kl": kl, "measured": measured(rank)}
     torch.save(found, f"{folder}/{rank}.pt")
@@ -84,7 +86,9 @@ def measured(rank: int) -> list[dict[str, float]]:
     found = []
     update = UpdateMetrics()
     for differences in ([[0.5, -0.25, 2.0], [-1.0]][rank], [[0.75, -0.25], []][rank]):
-        update.update(torch.tensor(1.0 + rank), {}, torch.tensor(differences), len(differences), 4)
+        update.update(torch.tensor(1.0 + rank), {}, torch.tensor(differences))
+        count = len(differences)
+        update.count(collate(samples()[:count], [1.0] * count), num_forwarded=20, flops=Flops(100.0, 10.0, 1.0))
         found += [{"gap": update.logprob_gap()}, update.result()]
     play = RolloutMetrics()
     played = [attempt(0, True, 1.0, VersionSpan(6, 3), VersionSpan(4, 1), goal=0.75)] if rank == 0 else []
@@ -116,7 +120,7 @@ def test_two_ranks_score_like_one_and_keep_step_where_one_has_nothing_to_do(tiny
     assert first["penalties"] == pytest.approx(alone.reference_penalties(turns(5), 1.0), abs=1e-5)
     assert second["penalties"] == []
     assert first["asked"] == second["asked"] == 3
-    alone.update_metrics.update(torch.zeros(()), {}, torch.zeros(0), 0, 0)
+    alone.update_metrics.update(torch.zeros(()), {}, torch.zeros(0))
     assert first["kl"] == second["kl"] == pytest.approx(alone.update_metrics.result()["train/kl"], rel=1e-5)
     assert first["measured"] == second["measured"]
     check_what_was_measured(*first["measured"])

@@ -7,7 +7,17 @@ import math
 import pytest
 import torch
 
+from lit_stepwise.algo.flops import Flops
+from lit_stepwise.algo.packing import collate
 from lit_stepwise.training.metrics import UpdateMetrics, gaps_of
+from lit_stepwise.training.scoring import as_sample
+
+FLOPS = Flops(per_token=1000.0, per_pair=100.0, per_target=10.0)
+LONG, SHORT = (as_sample([5, 6], response, temperature=1.0) for response in ([7, 8], [9]))
+BATCH = collate([LONG, SHORT], [1.0, 1.0])
+# 5 6 7 8 and 5 6 9: five nodes of which the first sees 1, then 2, 3, 4 and 3; three targets
+TREE = 5 * 1000 + 13 * 100 + 3 * 10
+APART = 7 * 1000 + (10 + 6) * 100 + 3 * 10
 
 
 def test_the_gap_of_200_tokens() -> None:
@@ -46,7 +56,8 @@ def test_asking_for_the_gap_before_the_step_changes_nothing_that_is_logged() -> 
     for asked, last in ((False, 3.0), (True, -3.0), (False, 6.0)):
         for loss, differences in ((0.5, [0.25, -0.5]), (0.75, []), (2.0, [last])):
             per_token = {"entropy": torch.tensor([loss, 2.0])}
-            metrics.update(torch.tensor(loss), per_token, torch.tensor(differences), 3, 8)
+            metrics.update(torch.tensor(loss), per_token, torch.tensor(differences))
+            metrics.count(BATCH, 5, FLOPS)
         gap = (0.25 + 0.5 + abs(last)) / 3
         if asked:
             assert metrics.logprob_gap() == metrics.logprob_gap() == gap
@@ -59,19 +70,34 @@ def test_asking_for_the_gap_before_the_step_changes_nothing_that_is_logged() -> 
                 "train/logprob_gap_max": abs(last),
                 "train/rollout_kl": sum(math.exp(d) - 1 - d for d in (0.25, -0.5, last)) / 3,
                 "tokens/trained": 9.0,
-                "tokens/forwarded": 24.0,
+                "tokens/forwarded": 15.0,
+                "tokens/saved": 6.0,
+                "flops/trained": 3 * 3 * TREE,
+                "flops/saved": 3 * 3 * (APART - TREE),
             }
         )
 
 
 def test_a_step_of_a_single_token() -> None:
     metrics = UpdateMetrics()
-    metrics.update(torch.zeros(()), {}, torch.tensor([-0.5]), 1, 2)
+    metrics.update(torch.zeros(()), {}, torch.tensor([-0.5]))
     assert metrics.logprob_gap() == 0.5
 
 
 def test_a_step_without_a_token_has_no_gap() -> None:
     metrics = UpdateMetrics()
-    metrics.update(torch.zeros(()), {"entropy": torch.zeros(0)}, torch.zeros(0), 0, 2)
+    metrics.update(torch.zeros(()), {"entropy": torch.zeros(0)}, torch.zeros(0))
+    metrics.count(collate([], []), 1, FLOPS)
     assert metrics.logprob_gap() == 0.0
-    assert metrics.result() == {"train/loss": 0.0, "tokens/trained": 0.0, "tokens/forwarded": 2.0}
+    names = ("tokens/trained", "tokens/forwarded", "tokens/saved", "flops/trained", "flops/saved")
+    assert metrics.result() == {"train/loss": 0.0, **dict(zip(names, (0, 1, -1, 3 * 1100, -3 * 1100), strict=True))}
+
+
+def test_what_padding_costs_is_not_called_saved() -> None:
+    metrics = UpdateMetrics()
+    metrics.update(torch.zeros(()), {}, torch.zeros(0))
+    metrics.count(collate([LONG, SHORT], [1.0, 1.0], "none"), 8, FLOPS)
+    values = metrics.result()
+    assert values["tokens/forwarded"] == 8
+    assert values["tokens/saved"] == -1  # 4 and 3 tokens in rows of 4
+    assert values["flops/saved"] == 0
