@@ -252,6 +252,8 @@ class AgentLoop:
             self._end(attempt, StopReason.DONE)
         elif len(attempt.turns) >= self.limits.max_turns:
             self._end(attempt, StopReason.MAX_TURNS)
+        elif reason := self._overdue(attempt, time.monotonic(), turn_runs=False):
+            self._end(attempt, StopReason.FAILED, f"{reason}, between two turns")
         else:
             attempt.prompt_ids = answer.next_prompt_ids
             return True

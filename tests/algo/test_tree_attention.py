@@ -258,7 +258,7 @@ def test_a_sum_over_many_descendants_in_bfloat16_is_a_sum_in_float32() -> None:
     found = out_and_gradients(back_end("segments")(tree), inputs, grad)
     for one, other in zip(found[2:], expected[2:], strict=True):
         of_trunk, exact = one[:, :, :2].double(), other[:, :, :2]
-        assert (of_trunk - exact).norm() < 2e-3 * exact.norm()
+        assert (of_trunk - exact).norm() < 2.4e-3 * exact.norm()
 
 
 class Added(TorchDispatchMode):
