@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 
 PHASES = ("play", "engine", "environment", "sync", "train")
-TOKENS = ("generated", "trained", "forwarded")
+TOKENS = ("generated", "trained", "forwarded", "saved")
 
 
 def run(engine: str, config: str, iterations: int, folder: Path) -> list[dict[str, float]]:

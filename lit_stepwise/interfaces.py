@@ -263,10 +263,10 @@ class Policy(Protocol):
     def adapter(self) -> Adapter:
         """The adapter; only where ``adapter_rank`` is not 0. Every rank calls it together."""
 
-    def score(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """[R] Log-probabilities of the response at temperature 1 and [R] of the likeliest token in each place.
+    def score(self, said: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[Tensor, Tensor]]:
+        """Of each (prompt, response): [R] its log-probabilities at temperature 1, [R] those of the likeliest tokens.
 
-        Without gradient. Every rank calls it together.
+        Without gradient, in one forward pass. Every rank calls it together.
         """
 
     def logprob_gap(self) -> float:

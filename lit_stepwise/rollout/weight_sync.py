@@ -65,10 +65,11 @@ def sync_weights(
     if engine.policy_version != policy_version:
         raise MismatchError(f"the engine says it has the weights of step {engine.policy_version}, not {policy_version}")
     completions = _speak(collector, prompts)
-    probes = []
-    for prompt_ids, completion in zip(prompts, completions, strict=True):
-        logprobs, best = policy.score(prompt_ids, completion.response_ids)
-        probes.append(Probe(prompt_ids, completion, logprobs.tolist(), best.tolist()))
+    said = [(prompt_ids, completion.response_ids) for prompt_ids, completion in zip(prompts, completions, strict=True)]
+    probes = [
+        Probe(prompt_ids, completion, logprobs.tolist(), best.tolist())
+        for prompt_ids, completion, (logprobs, best) in zip(prompts, completions, policy.score(said), strict=True)
+    ]
     for index, probe in enumerate(probes):
         if not probe.gap <= max_gap or not probe.regret <= max_gap:
             cause = _likely_cause(engine, probe, before[index] if before else None)

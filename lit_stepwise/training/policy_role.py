@@ -49,16 +49,18 @@ class PolicyRole(pl.LightningModule):
         return adapter_of(self.policy.language_model)
 
     @torch.no_grad()
-    def score(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """[R] Log-probabilities of the response at temperature 1 and [R] of the likeliest token in each place.
+    def score(self, said: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[Tensor, Tensor]]:
+        """Of each (prompt, response): [R] its log-probabilities at temperature 1, [R] those of the likeliest tokens.
 
-        Without gradient. Every rank calls it together.
+        Without gradient, in one forward pass. Every rank calls it together.
         """
         assert self.policy is not None
-        sample = as_sample(prompt_ids, response_ids, temperature=1.0)
+        samples = [as_sample(prompt_ids, response_ids, temperature=1.0) for prompt_ids, response_ids in said]
+        batch = collate(samples, [0.0] * len(samples), self.packing).to(self.device)
         with self.as_in_training():
-            logprobs, best = self.policy(collate([sample], [0.0], self.packing).to(self.device), summary=likeliest)
-        return logprobs, best
+            logprobs, best = self.policy(batch, summary=likeliest)
+        sizes = [len(response_ids) for _, response_ids in said]
+        return list(zip(logprobs.split(sizes), best.split(sizes), strict=True))
 
     def logprob_gap(self) -> float:
         """Mean absolute difference of engine and trainer, in nats, on the tokens of the optimizer step that is due.

@@ -36,9 +36,8 @@ class FixedPolicy:
     def weights(self, merged: bool = True) -> Iterable[tuple[str, Tensor]]:
         return iter(())
 
-    def score(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        logprobs = torch.full((len(response_ids),), -0.5)
-        return logprobs, logprobs
+    def score(self, said: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[Tensor, Tensor]]:
+        return [(torch.full((len(response_ids),), -0.5),) * 2 for _, response_ids in said]
 
     def logprob_gap(self) -> float:
         return self.gap

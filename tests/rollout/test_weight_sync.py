@@ -54,8 +54,9 @@ class FixedPolicy:
     def adapter(self) -> Adapter:
         return Adapter({"r": 4}, iter([("a", torch.tensor([5.0]))]))
 
-    def score(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        return torch.full((len(response_ids),), self.logprob), torch.full((len(response_ids),), self.best)
+    def score(self, said: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[Tensor, Tensor]]:
+        sizes = [len(response_ids) for _, response_ids in said]
+        return [(torch.full((size,), self.logprob), torch.full((size,), self.best)) for size in sizes]
 
 
 def test_a_weight_sync_is_proved_by_a_few_prompts_of_the_run() -> None:
@@ -151,7 +152,10 @@ class ModelPolicy(FixedPolicy):
     def weights(self, merged: bool = True) -> Iterable[tuple[str, Tensor]]:
         yield from ((name, weight.detach()) for name, weight in self.model.named_parameters())
 
-    def score(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def score(self, said: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[Tensor, Tensor]]:
+        return [self._score(*each) for each in said]
+
+    def _score(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         logprobs = exact_logprobs(self.model, prompt_ids, response_ids)
         taken = logprobs.gather(-1, torch.tensor(response_ids)[:, None]).squeeze(-1)
         return taken, logprobs.max(-1).values

@@ -103,8 +103,8 @@ def test_a_fresh_adapter_changes_nothing(tiny_model: Path) -> None:
     plain = StepwiseModule(str(tiny_model))
     plain.configure_model()
     fresh = module_with(tiny_model, trained=False)
-    ids = [5, 6, 7], [8, 9]
-    torch.testing.assert_close(fresh.score(*ids)[0], plain.score(*ids)[0], rtol=0, atol=0)
+    said = [([5, 6, 7], [8, 9])]
+    torch.testing.assert_close(fresh.score(said)[0], plain.score(said)[0], rtol=0, atol=0)
     assert (fresh.adapter_rank, plain.adapter_rank) == (3, 0)
 
 
@@ -143,7 +143,7 @@ def test_the_merged_model_says_what_the_adapted_one_says(module: StepwiseModule)
     plain = PolicyModel.load(module.model_path, 9).language_model
     plain.load_state_dict(dict(module.weights()), strict=False)
     expected = exact_logprobs(plain, [5, 6, 7], [8, 9])[[0, 1], [8, 9]]
-    torch.testing.assert_close(module.score([5, 6, 7], [8, 9])[0], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(module.score([([5, 6, 7], [8, 9])])[0][0], expected, rtol=0, atol=1e-5)
 
 
 def test_the_adapter_is_what_peft_would_save(module: StepwiseModule, tmp_path: Path) -> None:
@@ -176,7 +176,8 @@ def test_the_reference_is_the_policy_without_its_adapter(tiny_model: Path, place
 
 def test_dropout_is_for_updates_alone(tiny_model: Path) -> None:
     module = module_with(tiny_model, Lora(rank=3, alpha=5, dropout=0.5), old_logprobs="trainer", packing="none")
-    assert torch.equal(module.score([5, 6], [7, 8])[0], module.score([5, 6], [7, 8])[0])
+    said = [([5, 6], [7, 8])]
+    assert torch.equal(module.score(said)[0][0], module.score(said)[0][0])
     first, second = (module.with_old_logprobs(samples())[1].old_logprobs for _ in range(2))
     assert first == second
     batch = collate(samples(), [1.0] * 3, "none")

@@ -130,12 +130,13 @@ def test_padding_is_forwarded_too(tiny_model: Path) -> None:
 
 def test_score_equals_the_full_logits_and_says_how_likely_the_likeliest_token_was(module: StepwiseModule) -> None:
     assert module.policy is not None
-    ids = torch.tensor([[5, 6, 7, 8]])
-    logprobs = module.policy.language_model(input_ids=ids).logits.log_softmax(-1)
-    got, best = module.score([5, 6], [7, 8])
-    torch.testing.assert_close(got, torch.stack([logprobs[0, 1, 7], logprobs[0, 2, 8]]), rtol=0, atol=1e-5)
-    torch.testing.assert_close(best, logprobs[0, 1:3].max(-1).values, rtol=0, atol=1e-5)
-    assert not got.requires_grad
+    said = [([5, 6], [7, 8]), ([5], [6, 7, 9])]
+    for (prompt, response), (got, best) in zip(said, module.score(said), strict=True):
+        ids = torch.tensor([[*prompt, *response]])
+        logprobs = module.policy.language_model(input_ids=ids).logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
+        torch.testing.assert_close(got, logprobs[range(len(response)), response], rtol=0, atol=1e-5)
+        torch.testing.assert_close(best, logprobs.max(-1).values, rtol=0, atol=1e-5)
+        assert not got.requires_grad
 
 
 def test_score_is_without_dropout_and_leaves_the_model_as_it_was(module: StepwiseModule) -> None:
@@ -144,7 +145,7 @@ def test_score_is_without_dropout_and_leaves_the_model_as_it_was(module: Stepwis
     module.policy.language_model.model.layers[0].register_forward_hook(lambda layer, given, output: dropout(output))
     module.policy.language_model.model.layers[0].dropout = dropout
     assert module.policy.training
-    first, second = (module.score([5, 6], [7, 8])[0] for _ in range(2))
+    first, second = (module.score([([5, 6], [7, 8])])[0][0] for _ in range(2))
     assert torch.equal(first, second)
     assert dropout.training
 
