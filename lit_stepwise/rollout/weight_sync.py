@@ -94,20 +94,18 @@ def _speak(collector: Collector, prompts: Sequence[Sequence[int]]) -> list[Compl
     """What this rank's engine says; the ranks that share one learn it from the leader."""
     engine, replica = collector.engine, Replica.of(collector.fabric, collector.engine)
     if engine.num_pending:
-        return _answers(collector, prompts, first=0)
+        return _answers(collector, prompts)
     said: list[Completion] = []
     try:
         engine.begin_phase(seed=0)
         if replica.leads:
-            # alone, so that nothing but a cache of older weights could have computed its prompt before
-            said += _answers(collector, prompts[:1], first=0)
+            said += _answers(collector, prompts)
             if said[0].num_cached_tokens:
                 raise MismatchError(
                     f"after a weight sync {said[0].num_cached_tokens} tokens of a prompt came out of the engine's "
                     "prefix cache, which holds what older weights computed; the engine must reset it when weights "
                     "arrive"
                 )
-            said += _answers(collector, prompts[1:], first=1)
         else:
             engine.follow()
     finally:
@@ -116,22 +114,29 @@ def _speak(collector: Collector, prompts: Sequence[Sequence[int]]) -> list[Compl
     return collector.from_all_ranks(said)[leader] if engine.tensor_parallel_size > 1 else said
 
 
-def _answers(collector: Collector, prompts: Sequence[Sequence[int]], first: int) -> list[Completion]:
+def _answers(collector: Collector, prompts: Sequence[Sequence[int]]) -> list[Completion]:
     """In the order of ``prompts``."""
-    names = [f"probe-{index}" for index in range(first, first + len(prompts))]
+    names = [f"probe-{index}" for index in range(len(prompts))]
     found: dict[str, Completion] = {}
     for name, prompt_ids in zip(names, prompts, strict=True):
         collector.engine.submit(Request(name, prompt_ids, _PROBE_TOKENS, Sampling(temperature=0.0), seed=0))
+        if (
+            name == names[0]
+        ):  # alone: only a cache of older weights could have computed its prompt before
+            found |= _step(collector, names)
     began, limit = time.monotonic(), collector.deadlines.turn_seconds
     while len(found) < len(names):
-        for completion in collector.engine.step():
-            if completion.request_id in names:
-                found[completion.request_id] = completion
-            else:
-                collector.turnstile.stash.append(completion)
+        found |= _step(collector, names)
         if limit is not None and time.monotonic() - began > limit:
             raise EngineError(f"the engine did not answer a probe within rollout.deadlines.turn_seconds={limit:g}")
     return [found[name] for name in names]
+
+
+def _step(collector: Collector, names: Sequence[str]) -> dict[str, Completion]:
+    """Those of that name that are finished; others go to the stash."""
+    completions = {completion.request_id: completion for completion in collector.engine.step()}
+    collector.turnstile.stash += [each for name, each in completions.items() if name not in names]
+    return {name: each for name, each in completions.items() if name in names}
 
 
 def _likely_cause(engine: Engine, probe: Probe, before: Probe | None) -> str:

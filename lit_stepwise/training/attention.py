@@ -105,8 +105,9 @@ def _reasons(model: Any) -> Iterator[str]:
         yield "takes no position_ids"
     if not model._supports_attention_backend or not model._can_set_attn_implementation():
         yield "does not take its attention from transformers.AttentionInterface"
-    if _slides(config):
-        yield f"has sliding_window={config.sliding_window}"
+    window = getattr(config, "sliding_window", None)
+    if window and not getattr(config, "layer_types", None):  # these say where it is used, if any
+        yield f"has sliding_window={window}"
     if any("sink" in name.rpartition(".")[2] for name, _ in model.named_parameters()):
         yield "has attention sinks"
     if getattr(config, "attn_logit_softcapping", None):
@@ -120,12 +121,6 @@ def _reasons(model: Any) -> Iterator[str]:
         yield f"has {noise[0]}: one draw would serve all samples that share a token"
     if getattr(config, "expert_capacity", None):
         yield f"has expert_capacity={config.expert_capacity}, for which samples compete"
-
-
-def _slides(config: Any) -> bool:
-    """Where layers have types, these say it."""
-    window, used = getattr(config, "sliding_window", None), getattr(config, "use_sliding_window", True)
-    return bool(window and used and not getattr(config, "layer_types", None))
 
 
 def _rope_types(config: Any) -> set[str]:

@@ -206,6 +206,7 @@ REFUSED = pytest.mark.parametrize(("kind", "settings", "reason"), [
     ("Bloom", {"n_layer": 2, "n_head": 4}, "takes no position_ids"),
     ("Falcon", {"alibi": True}, "takes no position_ids"),
     ("Falcon", {}, "does not take its attention from transformers.AttentionInterface"),
+    ("StableLm", {}, "does not take its attention from"),
     ("GPTJ", {"n_embd": 24, "n_head": 4, "rotary_dim": 4}, "does not take its attention from"),
     ("Bert", {}, "lets tokens see later ones"),
     ("DeepseekV3", {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 6,
@@ -245,6 +246,20 @@ def test_dropout_of_an_adapter_is_refused() -> None:
     language_model = model("Llama")
     language_model.model.layers[1].mlp.lora_dropout = nn.Dropout(0.05)
     with pytest.raises(ConfigError, match=r"has a dropout of 0\.05 at model\.layers\.1\.mlp\.lora_dropout"):
+        attention.refuse(language_model, "tree")
+
+
+def test_a_convolution_over_tokens_is_refused() -> None:
+    language_model = model("Llama")
+    language_model.model.layers[0].mlp.convolution = nn.Conv1d(1, 1, 4)
+    with pytest.raises(ConfigError, match="carries a state from token to token"):
+        attention.refuse(language_model, "tree")
+
+
+def test_a_model_whose_attention_cannot_be_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    language_model = model("Llama")
+    monkeypatch.setattr(type(language_model), "_can_set_attn_implementation", lambda _: False)
+    with pytest.raises(ConfigError, match=r"does not take its attention from transformers\.AttentionInterface"):
         attention.refuse(language_model, "tree")
 
 
@@ -332,7 +347,10 @@ class Wrongly(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("which", ["query", "key", "value"])
-def test_a_wrong_gradient_is_named(monkeypatch: pytest.MonkeyPatch, which: str) -> None:
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, "5e-03"), (torch.bfloat16, "5e-02")])
+def test_a_wrong_gradient_is_named(
+    monkeypatch: pytest.MonkeyPatch, which: str, dtype: torch.dtype, allowed: str
+) -> None:
     def wrong(tree: TokenTree) -> Attend:
         def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
             states = {"query": query, "key": key, "value": value}
@@ -344,11 +362,11 @@ def test_a_wrong_gradient_is_named(monkeypatch: pytest.MonkeyPatch, which: str) 
     in_place_of(monkeypatch, wrong)
     with pytest.raises(
         ConfigError,
-        match=r"^model\.attention=auto, which is segments here, is wrong on cpu in torch\.float32: "
-        rf"its gradient of {which} is off by a factor of \d\.\de-01, where 5e-03 is allowed; "
+        match=rf"^model\.attention=auto, which is segments here, is wrong on cpu in {dtype}: "
+        rf"its gradient of {which} is off by a factor of \d\.\de-01, where {allowed} is allowed; "
         r"use model\.attention=dense, which is slow, or model\.packing=none$",
     ):
-        attention.self_test(model("Llama"), "auto", CPU, torch.float32)
+        attention.self_test(model("Llama"), "auto", CPU, dtype)
 
 
 def test_a_kernel_that_is_missing_is_an_error_of_the_configuration() -> None:
@@ -369,7 +387,7 @@ def test_the_self_test_leaves_random_numbers_and_gradients_as_they_were() -> Non
 
 def test_the_self_test_takes_no_part_in_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
-        attention.self_test(model("Llama"), "segments", CPU, torch.float64)
+        attention.self_test(model("Llama"), "segments", CPU, torch.float32)
 
 
 def test_the_small_tree_has_every_kind_of_segment() -> None:
