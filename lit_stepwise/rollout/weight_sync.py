@@ -120,9 +120,7 @@ def _answers(collector: Collector, prompts: Sequence[Sequence[int]]) -> list[Com
     found: dict[str, Completion] = {}
     for name, prompt_ids in zip(names, prompts, strict=True):
         collector.engine.submit(Request(name, prompt_ids, _PROBE_TOKENS, Sampling(temperature=0.0), seed=0))
-        if (
-            name == names[0]
-        ):  # alone: only a cache of older weights could have computed its prompt before
+        if name == names[0]:  # alone: only a cache of older weights could have computed its prompt before
             found |= _step(collector, names)
     began, limit = time.monotonic(), collector.deadlines.turn_seconds
     while len(found) < len(names):

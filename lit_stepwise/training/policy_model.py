@@ -19,6 +19,9 @@ from lit_stepwise.errors import ConfigError
 from lit_stepwise.training import attention as tree_attention
 from lit_stepwise.types import MicroBatch, TokenTree
 
+_ON_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+"""Settings of what some models do to their logits."""
+
 
 class PolicyModel(nn.Module):
     """Wraps a Hugging Face model. The head runs inside ``forward``, which is where sharded weights are whole.
@@ -38,6 +41,7 @@ class PolicyModel(nn.Module):
         attention: AttentionName = "auto",
     ) -> None:
         super().__init__()
+        _refuse_head(language_model)
         if packing != "none":
             tree_attention.refuse(language_model, packing)
             tree_attention.register()
@@ -137,6 +141,20 @@ class PolicyModel(nn.Module):
     def _last_hidden_state(self, **inputs: Any) -> Tensor:
         hidden: Tensor = self.language_model.base_model(**inputs, use_cache=False).last_hidden_state
         return hidden
+
+
+def _refuse_head(language_model: Any) -> None:
+    """Logits have to be the product of the last hidden state and the output embedding, and nothing else."""
+    config = language_model.config.get_text_config(decoder=True)
+    extras = {name: getattr(config, name, None) for name in _ON_LOGITS}
+    found = [f"{name}={value}" for name, value in extras.items() if value not in (None, 1, 1.0)]
+    if getattr(language_model.get_output_embeddings(), "bias", None) is not None:
+        found.append("a bias of its output embedding")
+    if found:
+        raise ConfigError(
+            f"model.model_path={language_model.name_or_path!r} has {found[0]}, which the chunked head would leave out; "
+            "use a model whose logits are its hidden states times the output embedding"
+        )
 
 
 def _lengths(tree: TokenTree) -> list[int]:
