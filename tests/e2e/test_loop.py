@@ -145,3 +145,23 @@ def test_the_last_line_says_what_was_gained_and_where_the_files_are(countdown: d
     last = done.stdout.splitlines()[-1]
     assert "accuracy 66.7% before" in last
     assert last.endswith("files in runs/version_0")
+
+
+def test_a_run_is_the_same_however_its_samples_are_packed(countdown: dict[str, Any], run: Any, tmp_path: Path) -> None:
+    found = {}
+    for packing in ("tree", "trajectory", "none"):
+        done = run("fit", countdown, "--model.packing", packing, "--trainer.default_root_dir", packing)
+        assert done.returncode == 0, done.stderr
+        folder = tmp_path / packing / "version_0"
+        found[packing] = rows(folder), stored_turns(folder, "trajectories/train-*.jsonl")
+    metrics, turns = found["tree"]
+    assert len(metrics) == 6
+    for packing in ("trajectory", "none"):
+        theirs, their_turns = found[packing]
+        assert [turn["response_ids"] for turn in turns] == [turn["response_ids"] for turn in their_turns]
+        for ours, other in zip(metrics, theirs, strict=True):
+            for name in ("train/loss", "train/grad_norm", "train/entropy", "train/logprob_gap", "tokens/trained"):
+                assert float(ours[name]) == pytest.approx(float(other[name]), rel=1e-4, abs=2e-6)
+            num_saved = {rows_of: float(each["tokens/saved"]) for rows_of, each in (("ours", ours), ("other", other))}
+            assert num_saved["ours"] > max(0.0, num_saved["other"])
+            assert float(ours["flops/trained"]) < float(other["flops/trained"])
