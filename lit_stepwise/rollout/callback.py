@@ -29,6 +29,7 @@ from lit_stepwise.rollout.wiring import data_of, fabric_of, load_tokenizer, will
 from lit_stepwise.types import Deadlines, Evaluation, Limits, Rollout, Sampling, StepSample, Task, Trajectory
 
 _NUM_PROBES = 3
+_PROBE_TOKENS = 128
 
 
 class RolloutCallback(pl.Callback):
@@ -251,8 +252,8 @@ class RolloutCallback(pl.Callback):
         prepared = collector.choose(tasks)
         for report in filter(None, (prepared.report, renderer.difference)):
             rank_zero_info(report)
-        # short ones are cheap
-        prompts = sorted((collector.first_prompt(task) for task in prepared.tasks[:16]), key=len)[:_NUM_PROBES]
+        # the ends differ, where beginnings are the same system prompt, and short ones are cheap
+        prompts = [collector.first_prompt(task)[-_PROBE_TOKENS:] for task in prepared.tasks[:_NUM_PROBES]]
         phases = Phases(
             collector=collector,
             policy=policy,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ class TrajectoryStore:
         with part.open("w", encoding="utf-8") as file:
             for i, trajectory in enumerate(trajectories):
                 record = _record(trajectory, advantages[i] if advantages else None)
-                file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+                file.write(json.dumps(record, ensure_ascii=False, default=_plain) + "\n")
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
@@ -45,9 +45,17 @@ def read_trajectories(path: Path) -> list[dict[str, Any]]:
 
 
 def _record(trajectory: Trajectory, advantages: Sequence[float] | None) -> dict[str, Any]:
-    record = asdict(trajectory) | {"reward": trajectory.reward, "success": trajectory.success}
-    for index, (turn, fields) in enumerate(zip(trajectory.turns, record["turns"], strict=True)):
-        fields["reward"] = turn.reward
-        if advantages is not None:
-            fields["advantage"] = advantages[index]
-    return record
+    turns = [_fields(turn) | {"reward": turn.reward} for turn in trajectory.turns]
+    if advantages is not None:
+        for turn, advantage in zip(turns, advantages, strict=True):
+            turn["advantage"] = advantage
+    return _fields(trajectory) | {"turns": turns, "reward": trajectory.reward, "success": trajectory.success}
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """``asdict`` would copy every token id."""
+    return {field.name: getattr(value, field.name) for field in fields(value)}
+
+
+def _plain(value: Any) -> Any:
+    return _fields(value) if is_dataclass(value) else str(value)
