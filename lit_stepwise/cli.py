@@ -13,6 +13,7 @@ COMMANDS = {
     "test": "the same with the test tasks",
     "predict": "the same without metrics",
     "play": "play tasks and write the trajectories, without a Trainer",
+    "export": "make a Hugging Face folder of a checkpoint",
     "serve": "start a vLLM server for rollout.engine VLLMServerEngine",
     "data": "see what tasks need, check their gold statements, convert them to DuckDB",
     "warmup": "make a tiny model that knows the text-to-SQL protocol",
@@ -70,6 +71,10 @@ def _run(words: list[str]) -> int:
         from lit_stepwise.serve import serve
 
         _call(serve, words[1:])
+    elif words[0] == "export":
+        from lit_stepwise.export.command import export
+
+        _call(export, words[1:], as_positional=True)
     else:
         gc.disable()  # imports leave no garbage, and looking for it takes a tenth of the start
         from lit_stepwise.commands import run
@@ -79,11 +84,11 @@ def _run(words: list[str]) -> int:
     return 0
 
 
-def _call(command: Callable[..., None], words: list[str]) -> None:
-    """Its parameters are its options."""
+def _call(command: Callable[..., None], words: list[str], as_positional: bool = False) -> None:
+    """Its parameters are its options; with ``as_positional`` those without a default are given by place."""
     from jsonargparse import auto_cli
 
-    auto_cli(command, args=words, as_positional=False)
+    auto_cli(command, args=words, as_positional=as_positional, prog=f"lit-stepwise {command.__name__}")
 
 
 def _prepare_process() -> None:

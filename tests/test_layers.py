@@ -29,8 +29,9 @@ ALLOWED = {
     "warmup": {*SEAMS, "tiny_models", "rollout", "text2sql", "engines", "algo"},
     "commands": {*SEAMS, "algo", "engines", "text2sql", "rollout", "training", "trainer"},
     "data_commands": {*SEAMS, "text2sql"},
+    "export": {*SEAMS, "training"},
     "serve": {*SEAMS, "engines"},
-    "cli": {"errors", "commands", "data_commands", "warmup", "serve"},
+    "cli": {"errors", "commands", "data_commands", "warmup", "serve", "export"},
 }
 
 

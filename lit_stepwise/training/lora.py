@@ -51,9 +51,12 @@ class Lora:
 
     def attach(self, policy: PolicyModel) -> None:
         """Put a fresh adapter, which changes nothing yet, into the language model, and freeze the rest."""
+        self.inject(policy.language_model)
+
+    def inject(self, model: Any) -> None:
+        """The same for a language model alone, which may be on the meta device."""
         from peft import LoraConfig, inject_adapter_in_model
 
-        model = policy.language_model
         config = LoraConfig(
             r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=self.target_modules,
             task_type="CAUSAL_LM", base_model_name_or_path=model.name_or_path,
