@@ -40,7 +40,7 @@ def test_the_adapter_is_merged_into_weights_that_any_loader_knows(
     changed = {name for name in found if not torch.equal(found[name], base[name])}
     assert changed == {name for name in base if "q_proj.weight" in name or "down_proj.weight" in name}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    torch.testing.assert_close(logprobs_of(model), run.module.score(PROMPT, RESPONSE)[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(logprobs_of(model), run.module.score([(PROMPT, RESPONSE)])[0][0], rtol=0, atol=1e-5)
 
 
 def test_merged_weights_are_rounded_once_after_the_sum(run: Any, export: Any, tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_the_adapter_alone_is_a_folder_that_peft_loads_from_anywhere(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    torch.testing.assert_close(logprobs_of(model), run.module.score(PROMPT, RESPONSE)[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(logprobs_of(model), run.module.score([(PROMPT, RESPONSE)])[0][0], rtol=0, atol=1e-5)
     settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"], settings["base_model_name_or_path"]) == (3, 5, str(qwen2))
     card = (tmp_path / "out" / "README.md").read_text()

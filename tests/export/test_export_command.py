@@ -39,7 +39,7 @@ def test_transformers_gives_the_logprobs_of_the_trainer(
     run = make_run(request.getfixturevalue(model))
     code, said = export(run.checkpoint, tmp_path / "out", "--dtype", "float32")
     assert (code, said) == (0, f"wrote {tmp_path}/out: {run.module.model_path} after 6 optimizer steps, in float32\n")
-    expected = run.module.score(PROMPT, RESPONSE)[0]
+    expected = run.module.score([(PROMPT, RESPONSE)])[0][0]
     torch.testing.assert_close(logprobs_in(tmp_path / "out"), expected, rtol=0, atol=1e-5)
     before = logprobs_in(Path(run.module.model_path))
     assert float((before - expected).abs().min()) > 0.01
@@ -128,7 +128,7 @@ def test_many_weights_go_into_several_files_and_an_index(
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(sizes) == sum(v.nbytes for v in tied_run.weights().values())
     assert index["weight_map"] == {name: file for file, shard in shards.items() for name in shard}
-    expected = tied_run.module.score(PROMPT, RESPONSE)[0]
+    expected = tied_run.module.score([(PROMPT, RESPONSE)])[0][0]
     torch.testing.assert_close(logprobs_in(tmp_path / "out"), expected, rtol=0, atol=1e-5)
 
 

@@ -43,7 +43,7 @@ def cases(tiny_model: Path, qwen2: Path, make_run: Any, tmp_path_factory: pytest
     assert done.returncode == 0, done.stderr
     said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     return {
-        name: (runs[name].module.score(PROMPT, RESPONSE)[0], torch.tensor(s))
+        name: (runs[name].module.score([(PROMPT, RESPONSE)])[0][0], torch.tensor(s))
         for name, s in zip(runs, said, strict=True)
     }
 
