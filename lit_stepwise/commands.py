@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from typing import Any, ClassVar, NoReturn
 
 from jsonargparse import set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
@@ -19,10 +20,12 @@ from lightning.pytorch.loggers import CSVLogger
 import lit_stepwise.algo
 import lit_stepwise.engines  # registers the ready classes, so that YAML and messages may name them shortly
 import lit_stepwise.text2sql
+from lit_stepwise.errors import ConfigError
 from lit_stepwise.interfaces import Advantage, Engine, Environment, Executor, PolicyLoss, Reward, TaskSource
 from lit_stepwise.rollout.callback import RolloutCallback
 from lit_stepwise.trainer import StepwiseTrainer, find_checkpoint
-from lit_stepwise.training import RolloutProgressBar, RunSummary, StepwiseModule, TaskDataModule
+from lit_stepwise.training import FSDPStrategy, RolloutProgressBar, RunSummary, StepwiseModule, TaskDataModule
+from lit_stepwise.training.strategies import check_strategy
 
 SEAMS = {
     "engine": Engine,
@@ -60,8 +63,12 @@ def _way_out(message: str, keys: set[str]) -> str:
         module, _, name = wrong[1].rpartition(".")
         keys = set(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
         unknown = [wrong[2]]
+        if not get_close_matches(wrong[2], keys, n=1, cutoff=0.6):
+            return f"; {name} takes {', '.join(sorted(keys))}"
     elif (places := re.findall(r'key "[\w.]*?(\w+)":', message)) and places[-1] in SEAMS:
         return f"; use one of {', '.join(_classes(SEAMS[places[-1]]))}, or the class_path of your own"
+    elif strategy := re.search(r"trainer.strategy.*dot import path string: (\w+).*NestedArg", message):
+        return f"; the name {strategy[1]} takes no settings: use FSDP2Strategy or FSDPStrategy, which do"
     else:
         named = re.findall(r"--([\w.]+)|(?:option|[Kk]ey) '([\w.]+)'", message)
         unknown = [key for pair in named for key in pair if key and key not in keys]
@@ -132,9 +139,26 @@ class StepwiseCLI(LightningCLI):
         config.callbacks = [*callbacks, *extra]
         if config.logger in (None, True):
             config.logger = CSVLogger(save_dir=config.default_root_dir or ".", name="")
-        trainer = super().instantiate_trainer(**kwargs)
+        if config.strategy == "fsdp":
+            config.strategy = FSDPStrategy()  # by its name Lightning takes it on GPUs alone
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError) as error:
+            raise ConfigError(_trainers_reason(str(error), config)) from error
+        check_strategy(trainer)
         assert isinstance(trainer, StepwiseTrainer)
         return trainer
+
+
+def _trainers_reason(message: str, config: Any) -> str:
+    """Why Lightning makes no Trainer of these settings, in a line."""
+    if "invalid strategy name" in message:
+        return (
+            f"trainer.strategy={config.strategy} is unknown; use auto, ddp, fsdp2 or fsdp, or as class_path: one of "
+            "lit_stepwise.training.FSDP2Strategy, lit_stepwise.training.FSDPStrategy, with init_args"
+        )
+    given = ", ".join(f"trainer.{name}={getattr(config, name)}" for name in ("accelerator", "devices", "strategy"))
+    return f"{given}: {' '.join(message.split())}; change what does not fit this machine"
 
 
 def run(words: list[str]) -> None:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_stepwise.errors import ConfigError
 from lit_stepwise.training.policy_model import PolicyModel
+from lit_stepwise.training.sharding import Unit, plain_name, units_of
 from lit_stepwise.types import Adapter, MicroBatch
 
 _NAME = "default"
 """What PEFT calls an adapter that was given no name."""
+_PREFIX = "language_model."
+"""Of the names inside a ``PolicyModel``."""
 _OF_ADAPTER = re.compile(rf"\.lora_[AB]\.{_NAME}\.weight$")
 
 
@@ -57,18 +62,22 @@ class Lora:
         """The same for a language model alone, which may be on the meta device."""
         from peft import LoraConfig, inject_adapter_in_model
 
+        on_meta = next(model.parameters()).is_meta
         config = LoraConfig(
             r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=self.target_modules,
             task_type="CAUSAL_LM", base_model_name_or_path=model.name_or_path,
         )  # fmt: skip
         try:
-            inject_adapter_in_model(config, model, _NAME)
+            inject_adapter_in_model(config, model, _NAME, low_cpu_mem_usage=on_meta)
         except ValueError as error:
             raise ConfigError(
                 f"model.lora.target_modules={self.target_modules} does not fit the model: {error}; use all-linear, or "
                 "ends of the names of its linear layers"
             ) from error
         self._check_layers(model)
+        for name, parameter in model.named_parameters():
+            if is_of_adapter(name) and not on_meta:
+                parameter.data.copy_(fresh(name, parameter.shape))
 
     def _check_layers(self, model: Any) -> None:
         from peft.tuners.lora import Linear
@@ -91,54 +100,78 @@ class WithoutAdapter:
     def __call__(self, batch: MicroBatch) -> Tensor:
         """[N] Its log-probabilities, on the device of the batch."""
         with self.model.without_dropout(), _switched_off(self.model.language_model):
-            return self.model.logprobs(batch)
+            logprobs: Tensor = self.model(batch)[0]
+        return logprobs
 
 
 def adapted_layers(model: Any) -> list[tuple[str, Any]]:
-    """The layers that have an adapter beside them, with their Hugging Face names."""
+    """The layers that have an adapter beside them, with the names they have without sharding."""
     from peft.tuners.lora import LoraLayer
 
-    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
+    return [(plain_name(name), layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
 
 
-def weights_of(model: Any, merged: bool) -> Iterator[tuple[str, Tensor]]:
+def is_of_adapter(name: str) -> bool:
+    """Whether a parameter of that name is one of an adapter."""
+    return _OF_ADAPTER.search(name) is not None
+
+
+def fresh(name: str, shape: torch.Size) -> Tensor:
+    """What a parameter of an adapter begins as: B is 0, A is drawn as PEFT does it, from the seed and the name alone.
+
+    So it is the same on all ranks, however many there are and whatever else was drawn.
+    """
+    value = torch.zeros(shape)
+    if ".lora_A." in name:
+        seed = int.from_bytes(sha256(f"{torch.initial_seed()} {name}".encode()).digest()[:8])
+        nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=torch.Generator().manual_seed(seed))
+    return value
+
+
+def name_of_base(name: str) -> str:
+    """What a parameter was called before there was an adapter beside it."""
+    return name.replace(".base_layer.", ".")
+
+
+def weights_of(model: nn.Module, merged: bool) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, full tensor) of every weight, one at a time; ``merged`` adds the adapter, where there is one.
 
-    A merged weight exists only until the next is asked for.
+    ``model`` is a policy or a language model. A merged weight exists only until the next is asked for.
     """
-    for name, parameter in model.named_parameters():
-        if _OF_ADAPTER.search(name):
-            continue
-        layer, of_layer, rest = name.partition(".base_layer.")
-        value = whole(parameter)
-        if merged and of_layer and rest == "weight":
-            value = value + _product(model.get_submodule(layer))
-        yield f"{layer}.{rest}" if of_layer else name, value
+    modules = {plain_name(name): module for name, module in model.named_modules()}
+    for unit in units_of(model):
+        for name in unit.parameters:
+            if is_of_adapter(name):
+                continue
+            layer, _, rest = name.partition(".base_layer.")
+            value = unit.whole(name)
+            if merged and rest == "weight":
+                value = value + _product(modules[layer], layer, unit)
+            yield name_of_base(name).removeprefix(_PREFIX), value
 
 
-def adapter_of(model: Any) -> Adapter:
-    """What PEFT would save. Its weights are views of those in training."""
-    return Adapter(_saved_config(model), _adapter_weights(model))
+def adapter_of(model: nn.Module) -> Adapter:
+    """What PEFT would save of the adapter in a policy or a language model.
+
+    Its weights are views of those in training, where each rank holds them whole.
+    """
+    adapted = next(module for module in model.modules() if hasattr(module, "peft_config"))
+    return Adapter(_saved_config(adapted), _adapter_weights(model))
 
 
-def whole(parameter: Tensor) -> Tensor:
-    """Without gradient; where it is sharded, put together, which all ranks do at the same time."""
-    value = parameter.detach()
-    full: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
-    return full
-
-
-def _product(layer: Any) -> Tensor:
+def _product(layer: Any, name: str, unit: Unit) -> Tensor:
     """[out, in] alpha / rank x B A; transposed where the layer keeps its weight so."""
-    product: Tensor = layer.scaling[_NAME] * (whole(layer.lora_B[_NAME].weight) @ whole(layer.lora_A[_NAME].weight))
+    a, b = (unit.whole(f"{name}.lora_{each}.{_NAME}.weight") for each in "AB")
+    product: Tensor = layer.scaling[_NAME] * (b @ a)
     return product.T if layer.fan_in_fan_out else product
 
 
-def _adapter_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in model.named_parameters():
-        if _OF_ADAPTER.search(name):
+def _adapter_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for unit in units_of(model):
+        for name in filter(is_of_adapter, unit.parameters):
             # PEFT saves a model that it has wrapped twice
-            yield f"base_model.model.{name.replace(f'.{_NAME}.', '.')}", whole(parameter)
+            short = name.removeprefix(_PREFIX).replace(f".{_NAME}.", ".")
+            yield f"base_model.model.{short}", unit.whole(name)
 
 
 def _saved_config(model: Any) -> Mapping[str, Any]:

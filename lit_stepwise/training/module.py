@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -21,12 +22,15 @@ from lit_stepwise.algo.reductions import Reduction, token_weights
 from lit_stepwise.algo.tree_attention import AttentionName
 from lit_stepwise.errors import ConfigError
 from lit_stepwise.interfaces import PolicyLoss
+from lit_stepwise.training.loading import load_sharded
 from lit_stepwise.training.logs import Logs
 from lit_stepwise.training.lora import Lora, WithoutAdapter
 from lit_stepwise.training.objective import Objective, OldLogprobs, chosen
 from lit_stepwise.training.policy_model import PolicyModel
 from lit_stepwise.training.policy_role import PolicyRole
 from lit_stepwise.training.scoring import Reference, from_all_ranks, logprobs_of
+from lit_stepwise.training.sharding import clip_gradients
+from lit_stepwise.training.strategies import check_strategy, sharding_of
 from lit_stepwise.types import MicroBatch, MiniBatch, StepSample
 
 
@@ -66,6 +70,9 @@ class StepwiseModule(PolicyRole, Logs):
             certain.
         max_tokens_per_micro_batch: tokens that are computed together; the one knob for memory.
         logits_chunk_tokens: response tokens whose logits exist at a time.
+        activation_checkpointing: of each layer keep only what goes in, and compute the rest again for the backward
+            pass: a third more time for most of the memory.
+        offload_reference: where the strategy shards, the reference of kl is in the memory of the CPU between two uses.
     """
 
     def __init__(
@@ -87,6 +94,8 @@ class StepwiseModule(PolicyRole, Logs):
         attention: AttentionName = "auto",
         max_tokens_per_micro_batch: int = 16384,
         logits_chunk_tokens: int = 1024,
+        activation_checkpointing: bool = False,
+        offload_reference: bool = False,
     ) -> None:
         super().__init__()
         for name, number in {
@@ -107,6 +116,11 @@ class StepwiseModule(PolicyRole, Logs):
             raise ConfigError(
                 f"model.reference_path={reference_path!r} has no effect while model.kl.coefficient is 0; raise the "
                 "coefficient, or leave out the path"
+            )
+        if offload_reference and (not kl.needs_reference or (lora is not None and reference_path is None)):
+            raise ConfigError(
+                "model.offload_reference=true has no effect where no second model is the reference (kl.coefficient is "
+                "0, or it is the policy without its adapter); leave it out"
             )
         if lora is not None:
             lora.check()
@@ -132,6 +146,8 @@ class StepwiseModule(PolicyRole, Logs):
         self.attention = attention
         self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
         self.logits_chunk_tokens = logits_chunk_tokens
+        self.activation_checkpointing = activation_checkpointing
+        self.offload_reference = offload_reference
         self.policy = None
         self.reference = None
 
@@ -139,30 +155,66 @@ class StepwiseModule(PolicyRole, Logs):
 
     def setup(self, stage: str) -> None:
         """Choose what was left open; the RolloutCallback has said by now how play runs."""
+        if self._trainer is not None:
+            check_strategy(self._trainer)
+            if self.offload_reference and sharding_of(self._trainer) is None:
+                raise ConfigError(
+                    "model.offload_reference=true has no effect where every rank holds the whole reference; use it "
+                    "with trainer.strategy=fsdp2 or fsdp"
+                )
         old_logprobs, correction = chosen(self.old_logprobs, self.correction, self.staleness)
         self.objective = replace(self.objective, old_logprobs=old_logprobs, correction=correction)
 
     def configure_model(self) -> None:
         """Load the weights; Lightning may call this more than once."""
         if self.policy is None:
-            self.policy = PolicyModel.load(self.model_path, self.logits_chunk_tokens, self.packing, self.attention)
-            if self.lora is not None:
-                self.lora.attach(self.policy)
+            self.policy = self._load(self.model_path, "model.model_path", self._prepare)
         if self.reference is None and self.objective.kl.needs_reference:
             self.reference = self._load_reference(self.policy)
 
-    def _load_reference(self, policy: PolicyModel) -> Reference | WithoutAdapter:
-        if self.reference_path is not None:
-            return Reference.load(self.reference_path, "model.reference_path", policy)
+    def _prepare(self, policy: PolicyModel) -> None:
         if self.lora is not None:
+            self.lora.attach(policy)
+        if self.activation_checkpointing:
+            policy.checkpoint_activations()
+
+    def _load_reference(self, policy: PolicyModel) -> Reference | WithoutAdapter:
+        path, setting = self.reference_path or self.model_path, "model.model_path"
+        if self.reference_path is None and self.lora is not None:
             return WithoutAdapter(policy)
-        return Reference.load(self.model_path, "model.model_path", policy)
+        setting = "model.model_path" if self.reference_path is None else "model.reference_path"
+
+        def freeze(model: PolicyModel) -> None:
+            if model.num_tokens != policy.num_tokens:
+                raise ConfigError(
+                    f"{setting}={path!r} knows {model.num_tokens} tokens and the policy {policy.num_tokens}; give a "
+                    "model with the policy's tokenizer"
+                )
+            model.eval().requires_grad_(False)
+
+        is_sharded = sharding_of(self._trainer) is not None
+        return Reference(self._load(path, setting, freeze, frozen=True), is_sharded)
+
+    def _load(
+        self, path: str, setting: str, prepare: Callable[[PolicyModel], None], frozen: bool = False
+    ) -> PolicyModel:
+        def load(on_meta: bool) -> PolicyModel:
+            return PolicyModel.load(path, self.logits_chunk_tokens, self.packing, self.attention, setting, on_meta)
+
+        sharding = sharding_of(self._trainer)
+        if sharding is not None:
+            return load_sharded(path, load, prepare, sharding, frozen, offload=frozen and self.offload_reference)
+        model = load(False)
+        prepare(model)
+        return model
 
     def on_fit_start(self) -> None:
         """Find out, on this very machine, whether attention over a tree is what it has to be."""
         assert self.policy is not None
+        sharding = sharding_of(self._trainer)
+        self.policy.check_positions()
         with self.as_in_training():
-            self.policy.test_attention(self.device)
+            self.policy.test_attention(self.device, sharding.compute_dtype if sharding else None)
 
     def configure_optimizers(self) -> Any:
         """What the YAML names."""
@@ -172,9 +224,11 @@ class StepwiseModule(PolicyRole, Logs):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights of another model before any of them is copied."""
         theirs = {name: tuple(value.shape) for name, value in checkpoint.get("state_dict", {}).items()}
+        if not theirs:  # a strategy that shards has read them already, and ours are not whole
+            return
         ours = {name: tuple(value.shape) for name, value in self.state_dict().items()}
         differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-        if theirs and differing:
+        if differing:
             name = differing[0]
             raise ConfigError(
                 f"ckpt_path holds another architecture than model.model_path={self.model_path!r}: {len(differing)} "
@@ -215,9 +269,14 @@ class StepwiseModule(PolicyRole, Logs):
         """
         assert self.policy is not None
         with self.as_in_training():
-            own = logprobs_of(self.policy.logprobs, samples, self._plan(samples), self.packing, self.device)
+            own = logprobs_of(self._logprobs, samples, self._plan(samples), self.packing, self.device)
         found = {i: logprobs for each in from_all_ranks(own) for i, logprobs in each.items()}
         return [replace(sample, old_logprobs=found[i]) for i, sample in enumerate(samples)]
+
+    def _logprobs(self, batch: MicroBatch) -> Tensor:
+        assert self.policy is not None
+        logprobs: Tensor = self.policy(batch)[0]
+        return logprobs
 
     def training_step(self, batch: MiniBatch, batch_idx: int) -> None:
         """One optimizer step on the mini-batch of all ranks."""
@@ -225,8 +284,11 @@ class StepwiseModule(PolicyRole, Logs):
         optimizer = self.optimizers()
         assert isinstance(optimizer, pl.core.optimizer.LightningOptimizer)
         optimizer.zero_grad()
-        for micro_batch in self._micro_batches(batch):
-            self.manual_backward(self._loss(micro_batch.to(self.device)))
+        # the ranks' gradients are summed once, or where that would take the memory of a whole one, every time
+        without_sync = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
+        for micro_batch, is_last in _with_last(self._micro_batches(batch)):
+            with nullcontext() if is_last else without_sync():
+                self.manual_backward(self._loss(micro_batch.to(self.device)))
         grad_norm = self._clip_gradients()
         optimizer.step()
         scheduler = self.lr_schedulers()
@@ -270,5 +332,15 @@ class StepwiseModule(PolicyRole, Logs):
 
     def _clip_gradients(self) -> Tensor:
         """Norm before clipping."""
-        limit = self.max_grad_norm or float("inf")
-        return torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
+        assert self.policy is not None
+        return clip_gradients(self.policy, self.max_grad_norm or float("inf"))
+
+
+def _with_last(micro_batches: Iterable[MicroBatch]) -> Iterator[tuple[MicroBatch, bool]]:
+    """Each of them, and whether none comes after it."""
+    remaining = iter(micro_batches)
+    present = next(remaining)
+    for following in remaining:
+        yield present, False
+        present = following
+    yield present, True

@@ -51,6 +51,8 @@ class PolicyModel(nn.Module):
         self.packing = packing
         self.attention: AttentionName = attention
         self.flops = Flops.of(language_model)
+        self.num_tokens: int = len(language_model.get_output_embeddings().weight)
+        """Rows of the output embedding."""
 
     @classmethod
     def load(
@@ -60,12 +62,21 @@ class PolicyModel(nn.Module):
         packing: Packing = "tree",
         attention: AttentionName = "auto",
         setting: str = "model.model_path",
+        on_meta: bool = False,
     ) -> PolicyModel:
-        """Read the weights as float32, in training mode. Raises ``ConfigError``, naming ``setting``, if that fails."""
-        from transformers import AutoModelForCausalLM  # seconds of import that other commands need not pay
+        """Read the weights as float32, in training mode. Raises ``ConfigError``, naming ``setting``, if that fails.
 
+        ``on_meta`` makes the model without them.
+        """
+        from transformers import AutoConfig, AutoModelForCausalLM  # seconds of import that others need not pay
+
+        form: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "sdpa"}
         try:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
+            if on_meta:
+                with torch.device("meta"):
+                    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), **form)
+            else:
+                model = AutoModelForCausalLM.from_pretrained(path, **form)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             hint = "" if Path(path).exists() else "; the folder does not exist"
@@ -73,9 +84,19 @@ class PolicyModel(nn.Module):
         return cls(model.train(), chunk_tokens, packing, attention)
 
     @property
-    def num_tokens(self) -> int:
-        """Rows of the output embedding."""
-        return len(self.language_model.get_output_embeddings().weight)
+    def layers(self) -> list[nn.Module]:
+        """Those that transformers never splits over devices: the decoder's."""
+        names = {*(self.language_model._no_split_modules or ())}
+        return [module for module in self.language_model.modules() if type(module).__name__ in names]
+
+    def checkpoint_activations(self) -> None:
+        """From now on keep what goes into each layer alone, and compute the rest again for the backward pass."""
+        if not self.language_model.supports_gradient_checkpointing:
+            kind = self.language_model.config.model_type
+            raise ConfigError(
+                f"model.activation_checkpointing=true is nothing that models of type {kind} can do; use false"
+            )
+        self.language_model.gradient_checkpointing_enable({"use_reentrant": False})
 
     @contextmanager
     def without_dropout(self) -> Iterator[None]:
@@ -87,17 +108,25 @@ class PolicyModel(nn.Module):
         finally:
             self.train(was_training)
 
-    def test_attention(self, device: torch.device) -> None:
-        """Raises ``ConfigError`` where attention over a tree is wrong on ``device``, in the precision of the moment."""
+    def test_attention(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """Raises ``ConfigError`` where attention over a tree is wrong on ``device``.
+
+        ``dtype`` is what the model computes in; None: what its weights are, or autocast makes of them.
+        """
         if self.packing != "none":
             autocast = torch.is_autocast_enabled(device.type)
-            dtype = torch.get_autocast_dtype(device.type) if autocast else self.language_model.dtype
+            of_now = torch.get_autocast_dtype(device.type) if autocast else self.language_model.dtype
+            dtype = of_now if dtype is None else dtype
             tree_attention.self_test(self.language_model, self.attention, device, dtype)
 
-    def logprobs(self, batch: MicroBatch) -> Tensor:
-        """[N] Those of ``forward``, alone."""
-        logprobs: Tensor = self(batch)[0]
-        return logprobs
+    def check_positions(self) -> None:
+        """Raises ``ConfigError`` where the tables of rotary embeddings are not float32, and positions so not exact."""
+        for name, buffer in self.language_model.named_buffers():
+            if name.endswith("inv_freq") and buffer.dtype not in (torch.float32, torch.float64):
+                raise ConfigError(
+                    f"the table {name} of rotary embeddings is {buffer.dtype}, in which distant positions are wrong; "
+                    "use trainer.precision=32-true, with trainer.strategy=fsdp2 where bfloat16 is wanted"
+                )
 
     def forward(
         self,

@@ -17,6 +17,7 @@ from lit_stepwise.training.metrics import UpdateMetrics
 from lit_stepwise.training.objective import Objective
 from lit_stepwise.training.policy_model import PolicyModel
 from lit_stepwise.training.scoring import Reference, as_sample, from_all_ranks, logprobs_of, price_of_turns
+from lit_stepwise.training.sharding import reshard
 from lit_stepwise.types import Adapter, StepSample, Turn
 
 
@@ -41,12 +42,12 @@ class PolicyRole(pl.LightningModule):
         ``merged``: with the adapter in them, where there is one; else those it stands on.
         """
         assert self.policy is not None
-        return weights_of(self.policy.language_model, merged)
+        return weights_of(self.policy, merged)
 
     def adapter(self) -> Adapter:
         """The adapter, as PEFT saves one; only where ``adapter_rank`` is not 0. Every rank calls it together."""
         assert self.policy is not None
-        return adapter_of(self.policy.language_model)
+        return adapter_of(self.policy)
 
     @torch.no_grad()
     def score(self, said: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[Tensor, Tensor]]:
@@ -99,3 +100,4 @@ class PolicyRole(pl.LightningModule):
         precision = self._trainer.precision_plugin.train_step_context() if self._trainer else nullcontext()
         with precision, self.policy.without_dropout():
             yield
+        reshard(self.policy)

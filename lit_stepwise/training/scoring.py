@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lit_stepwise.algo.kl import KLPenalty
 from lit_stepwise.algo.packing import Packing, collate
-from lit_stepwise.errors import ConfigError
 from lit_stepwise.training.policy_model import PolicyModel
 from lit_stepwise.types import MicroBatch, StepSample, Turn
 
@@ -20,39 +19,34 @@ T = TypeVar("T")
 
 
 class Reference:
-    """A frozen model. No ``nn.Module`` itself, so that a module that has one neither trains, saves nor counts it."""
+    """A frozen model. No ``nn.Module`` itself, so that a module that has one neither trains, saves nor counts it.
 
-    def __init__(self, model: PolicyModel) -> None:
+    Args:
+        model: in its place already, if it is sharded.
+        is_sharded: it is; else it follows its batches.
+    """
+
+    def __init__(self, model: PolicyModel, is_sharded: bool = False) -> None:
         self.model = model.eval().requires_grad_(False)
-
-    @classmethod
-    def load(cls, path: str, setting: str, policy: PolicyModel) -> Reference:
-        """Read it from ``path``, which ``setting`` names. Raises ``ConfigError`` when it cannot judge ``policy``."""
-        model = PolicyModel.load(path, policy.chunk_tokens, policy.packing, policy.attention, setting)
-        reference = cls(model)
-        if reference.model.num_tokens != policy.num_tokens:
-            raise ConfigError(
-                f"{setting}={path!r} knows {reference.model.num_tokens} tokens and the policy {policy.num_tokens}; "
-                "give a model with the policy's tokenizer"
-            )
-        return reference
+        self.is_sharded = is_sharded
 
     @torch.no_grad()
     def __call__(self, batch: MicroBatch) -> Tensor:
         """[N] Its log-probabilities, on the device of the batch."""
-        model = self.model.to(batch.labels.device)
-        return model.logprobs(batch)
+        model = self.model if self.is_sharded else self.model.to(batch.labels.device)
+        logprobs: Tensor = model(batch)[0]
+        return logprobs
 
 
 @torch.no_grad()
 def logprobs_of(
-    model: Callable[[MicroBatch], Tensor],
+    score: Callable[[MicroBatch], Tensor],
     samples: Sequence[StepSample],
     plan: Iterable[Sequence[int]],
     packing: Packing,
     device: torch.device,
 ) -> dict[int, list[float]]:
-    """What ``model`` says of the micro-batches of ``plan``.
+    """What a model says of the micro-batches of ``plan``; ``score`` gives its [N] log-probabilities of one.
 
     Returns:
         [R] log-probabilities, 0 on tokens that were not sampled, by index into ``samples``.
@@ -60,7 +54,7 @@ def logprobs_of(
     found = {}
     for members in plan:
         batch = collate([samples[i] for i in members], [0.0] * len(members), packing).to(device)
-        values = iter(model(batch).tolist())
+        values = iter(score(batch).tolist())
         for i in members:
             found[i] = [next(values) if sampled else 0.0 for sampled in samples[i].response_mask]
     return found

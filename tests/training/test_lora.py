@@ -166,9 +166,9 @@ def test_the_reference_is_the_policy_without_its_adapter(tiny_model: Path, place
     batch = collate(samples(), [1.0] * 3)
     plain = PolicyModel.load(str(tiny_model), 9)
     with torch.no_grad():
-        expected, own = plain.logprobs(batch), module.policy.logprobs(batch)  # type: ignore[union-attr]
+        expected, own = plain(batch)[0], module.policy(batch)[0]  # type: ignore[union-attr]
         torch.testing.assert_close(module.reference(batch), expected, rtol=0, atol=0)
-        torch.testing.assert_close(module.policy.logprobs(batch), own, rtol=0, atol=0)  # type: ignore[union-attr]
+        torch.testing.assert_close(module.policy(batch)[0], own, rtol=0, atol=0)  # type: ignore[union-attr]
     assert float((expected - own).abs().max()) > 0.01
     module._loss(batch).backward()
     assert all((parameter.grad is not None) == parameter.requires_grad for parameter in module.parameters())
@@ -181,7 +181,7 @@ def test_dropout_is_for_updates_alone(tiny_model: Path) -> None:
     first, second = (module.with_old_logprobs(samples())[1].old_logprobs for _ in range(2))
     assert first == second
     batch = collate(samples(), [1.0] * 3, "none")
-    assert not torch.equal(module.policy.logprobs(batch), module.policy.logprobs(batch))  # type: ignore[union-attr]
+    assert not torch.equal(module.policy(batch)[0], module.policy(batch)[0])  # type: ignore[union-attr]
 
 
 def test_a_checkpoint_goes_back_into_the_same_model_and_into_no_other(module: StepwiseModule) -> None:

@@ -120,7 +120,7 @@ def test_every_step_of_an_iteration_has_the_logprobs_of_before_its_first(tiny_mo
     assert [len(batch.samples) for batch in plays.batches] == [6] * 4
     for batch in plays.batches:
         plan = module._plan(batch.samples)
-        with_same_plan = logprobs_of(plays.before.logprobs, batch.samples, plan, "tree", module.device)
+        with_same_plan = logprobs_of(lambda batch: plays.before(batch)[0], batch.samples, plan, "tree", module.device)
         for i, each in enumerate(batch.samples):
             assert list(each.old_logprobs) == with_same_plan[i]
             alone = exact_logprobs(plays.before.language_model, each.prompt_ids, each.response_ids, each.temperature)

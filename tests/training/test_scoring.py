@@ -48,7 +48,7 @@ def test_without_a_price_no_second_model_is_loaded(tiny_model: Path, monkeypatch
     def refuse(*arguments: Any) -> Any:
         raise AssertionError("a reference was loaded")
 
-    monkeypatch.setattr(Reference, "load", refuse)
+    monkeypatch.setattr(Reference, "__init__", refuse)
     module = module_of(tiny_model)
     assert module.reference is None
     assert module.reference_penalties(TURNS, 1.0) is None
