@@ -124,7 +124,7 @@ class Observed(StepwiseModule):
         if batch_idx == 0:
             self.noted["before"] = weights(self)
             self.noted["old"] = [x for each in self.with_old_logprobs(batch.samples) for x in each.old_logprobs]
-            self.noted["scored"] = [x for each in self.score([5, 6, 7], [8, 9]) for x in each.tolist()]
+            self.noted["scored"] = [x for each in self.score([([5, 6, 7], [8, 9])])[0] for x in each.tolist()]
             self.noted["alone"] = alone(self.policy, batch.samples[0])
             self.noted["again"] = weights(self)
 
