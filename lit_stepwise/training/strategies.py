@@ -233,7 +233,7 @@ class _Precision(FSDPPrecision):
         return data
 
 
-# Lightning takes these names for its own, with other defaults, and knows the second only on GPUs
+# by the second name Lightning has its own, which cannot wrap this model under manual optimization
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2 over all ranks, computing in bfloat16")
 StrategyRegistry.register("fsdp", FSDPStrategy, description="FSDP1, the same with flat parameters", override=True)
 
