@@ -135,8 +135,6 @@ def test_a_disk_that_is_full_is_an_error_of_all_ranks_and_none_waits(sharded: Pa
 def train_on_two_ranks(model_path: str, folder: Path) -> None:
     """Lightning starts the second process, which does the same."""
     import lightning.pytorch as pl
-    from lightning.pytorch.strategies import ModelParallelStrategy
-    from torch.distributed.fsdp import fully_shard
 
     from lit_stepwise.algo import TurnReturn
     from lit_stepwise.engines import TransformersEngine
@@ -144,26 +142,18 @@ def train_on_two_ranks(model_path: str, folder: Path) -> None:
     from lit_stepwise.export import folder as room
     from lit_stepwise.rollout import RolloutCallback
     from lit_stepwise.testing import Countdown, CountdownTasks
-    from lit_stepwise.training import StepwiseModule, TaskDataModule
+    from lit_stepwise.training import FSDP2Strategy, StepwiseModule, TaskDataModule
     from lit_stepwise.types import Limits
-
-    class Sharded(StepwiseModule):
-        def configure_model(self) -> None:
-            if self.policy is None:
-                super().configure_model()
-                for layer in self.policy.language_model.model.layers:
-                    fully_shard(layer, mesh=self.device_mesh["data_parallel"])
-                fully_shard(self.policy, mesh=self.device_mesh["data_parallel"])
 
     limits = Limits(max_prompt_tokens=100, max_context_tokens=200, max_new_tokens=8, max_turns=3)
     rollout = RolloutCallback(TransformersEngine(), Countdown(), TurnReturn(), samples_per_task=4, limits=limits)
     callback = ExportCallback(str(folder / "model"))
-    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    strategy = FSDP2Strategy()
     trainer = pl.Trainer(
         accelerator="cpu", devices=2, strategy=strategy, max_epochs=1, num_sanity_val_steps=0, logger=False,
         callbacks=[rollout, callback], default_root_dir=folder, enable_progress_bar=False, enable_checkpointing=False,
     )  # fmt: skip
-    module = Sharded(model_path, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    module = StepwiseModule(model_path, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
     trainer.fit(module, datamodule=TaskDataModule(CountdownTasks(), train_files="5", tasks_per_iteration=2))
     trainer.save_checkpoint(folder / "shards.ckpt")
     strategy._save_distributed_checkpoint = False
