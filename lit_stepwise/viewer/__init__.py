@@ -1,0 +1,1 @@
+"""Looks at runs in a terminal. Imports neither torch nor Lightning."""

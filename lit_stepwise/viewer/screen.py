@@ -1,0 +1,94 @@
+"""What is put on the screen, and how it is made safe: a field may hold whatever a model or a database wrote."""
+
+from __future__ import annotations
+
+import json
+import sys
+import unicodedata
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any, Literal
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+Format = Literal["table", "csv", "json"]
+
+_WIDTH_OF_A_PIPE = 140
+_FIXED_WIDTH = 100
+_BARS = "▁▂▃▄▅▆▇█"
+_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+"""Categories of characters that move the cursor, turn the direction of text, or cannot be seen."""
+
+
+def screen() -> Console:
+    """Prints to stdout and reads no markup."""
+    width = None if sys.stdout.isatty() else _WIDTH_OF_A_PIPE
+    return Console(width=width, markup=False, emoji=False, highlight=False)
+
+
+def safe(text: object) -> str:
+    """The text with every character that is not just a letter on the screen written out, but for newlines and tabs."""
+    return "".join(
+        char if char in "\n\t" or unicodedata.category(char) not in _HIDDEN else ascii(char)[1:-1] for char in str(text)
+    )
+
+
+def cell(value: Any) -> Text:
+    """A value on one line; numbers to four digits."""
+    if value is None:
+        return Text("")
+    if isinstance(value, bool):
+        return Text("yes" if value else "no")
+    if isinstance(value, float):
+        return Text(number(value), justify="right")
+    if isinstance(value, int):
+        return Text(str(value), justify="right")
+    return Text(" ".join(safe(value).split()))
+
+
+def number(value: float) -> str:
+    """To four digits; small ones with an exponent."""
+    return f"{value:.4g}"
+
+
+def table_of(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
+    """A row a line; where the screen is too narrow the last column is cut, and then the others."""
+    lines = [[cell(value) for value in row] for row in rows]
+    widths = [max([cell_len(safe(name)), *(line[i].cell_len for line in lines)]) for i, name in enumerate(names)]
+    fixed = sum(widths[:-1]) <= _FIXED_WIDTH
+    table = Table(box=None, pad_edge=False)
+    for i, name in enumerate(names):
+        least = widths[i] if fixed and i < len(names) - 1 else None
+        table.add_column(Text(safe(name)), no_wrap=True, overflow="ellipsis", min_width=least)
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def sparkline(values: Sequence[float], width: int = 24) -> str:
+    """A bar a value, or of many the mean of as many as share one."""
+    if not values:
+        return ""
+    size = min(width, len(values))
+    edges = [len(values) * i // size for i in range(size + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, span = min(means), max(means) - min(means)
+    return "".join(_BARS[round((mean - low) / span * (len(_BARS) - 1)) if span else 0] for mean in means)
+
+
+def write(names: Sequence[str], rows: Sequence[Sequence[Any]], form: Format) -> None:
+    """Rows to stdout, as they are; on a terminal CSV is made safe, and JSON always is ASCII."""
+    if form == "json":
+        print(json.dumps([dict(zip(names, row, strict=True)) for row in rows], indent=1, default=str))
+    elif form == "csv":
+        import csv
+
+        clean = safe if sys.stdout.isatty() else str
+        writer = csv.writer(sys.stdout)
+        writer.writerow(names)
+        writer.writerows([["" if value is None else clean(value) for value in row] for row in rows])
+    else:
+        screen().print(table_of(names, rows))
