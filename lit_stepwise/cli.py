@@ -8,11 +8,15 @@ import sys
 from collections.abc import Callable, Sequence
 
 COMMANDS = {
+    "plan": "say what a run costs, and whether it fits, before anything is loaded",
     "fit": "train: play, give credit, update, sync, play again",
     "validate": "play the validation tasks greedily and print the metrics",
     "test": "the same with the test tasks",
     "predict": "the same without metrics",
     "play": "play tasks and write the trajectories, without a Trainer",
+    "show": "look at a run: curves, groups, every turn",
+    "compare": "two runs side by side",
+    "report": "make one HTML file about a run: curves, and trajectories turn by turn",
     "export": "make a Hugging Face folder of a checkpoint",
     "serve": "start a vLLM server for rollout.engine VLLMServerEngine",
     "data": "see what tasks need, check their gold statements, convert them to DuckDB",
@@ -63,6 +67,14 @@ def _run(words: list[str]) -> int:
         from lit_stepwise.data_commands import run as run_data
 
         return run_data(words[1:])
+    if words[0] in ("show", "compare"):
+        from lit_stepwise.viewer.command import run as look
+
+        return look(words)
+    if words[0] == "report":
+        from lit_stepwise.report.command import run as run_report
+
+        return run_report(words[1:])
     if words[0] == "warmup":
         from lit_stepwise.warmup import warmup
 
@@ -77,7 +89,10 @@ def _run(words: list[str]) -> int:
         _call(export, words[1:], as_positional=True)
     else:
         gc.disable()  # imports leave no garbage, and looking for it takes a tenth of the start
-        from lit_stepwise.commands import run
+        if words[0] == "plan":
+            from lit_stepwise.plan_command import run
+        else:
+            from lit_stepwise.commands import run
 
         gc.enable()
         run(words)
@@ -99,6 +114,8 @@ def _prepare_process() -> None:
     # idle OpenMP threads that spin slow a busy machine down up to ten times
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():  # bars that move would be lines of control codes in a file
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _fail(message: str, code: int) -> int:

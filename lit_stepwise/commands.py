@@ -8,22 +8,31 @@ import logging
 import re
 import sys
 import warnings
+from collections.abc import Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
+import lightning.pytorch as pl
+import torch.distributed as distributed
+import yaml
 from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import CheckpointIO
 
 import lit_stepwise.algo
 import lit_stepwise.engines  # registers the ready classes, so that YAML and messages may name them shortly
 import lit_stepwise.text2sql
+from lit_stepwise.checkpoints import AtomicCheckpointIO
+from lit_stepwise.checkpoints.finding import find_checkpoint
 from lit_stepwise.errors import ConfigError
 from lit_stepwise.interfaces import Advantage, Engine, Environment, Executor, PolicyLoss, Reward, TaskSource
+from lit_stepwise.loggers import complete, prepare_loggers, with_folders
 from lit_stepwise.rollout.callback import RolloutCallback
-from lit_stepwise.trainer import StepwiseTrainer, find_checkpoint
+from lit_stepwise.trainer import StepwiseTrainer, check_launcher
 from lit_stepwise.training import FSDPStrategy, RolloutProgressBar, RunSummary, StepwiseModule, TaskDataModule
 from lit_stepwise.training.strategies import check_strategy
 
@@ -47,6 +56,10 @@ class Parser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **settings: Any) -> Any:  # type: ignore[override]
+        """Argparse's, but a logger may be named without a folder."""
+        return super().parse_args(with_folders(sys.argv[1:] if args is None else args), *others, **settings)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong and the closest right key, and leave with exit code 2."""
@@ -83,11 +96,24 @@ def _classes(base: type[Any]) -> list[str]:
     return sorted(path for path, each in public if isinstance(each, type) and issubclass(each, base))
 
 
+class SaveConfig(SaveConfigCallback):
+    """Lightning's ``config.yaml``; loggers that show settings beside curves get them, too."""
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """On rank 0."""
+        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        for logger in trainer.loggers:
+            if not isinstance(logger, CSVLogger):  # its file would be the same once more
+                logger.log_hyperparams(config)
+
+
 class StepwiseCLI(LightningCLI):
     """Sections: ``trainer``, ``model``, ``data`` and ``rollout``."""
 
     command: ClassVar[str] = "fit"
     """The only one whose parser is built: the others would cost half a second."""
+    runs: ClassVar[bool] = True
+    """Whether a Trainer runs the command; else it is left with what the configuration says."""
 
     def __init__(self, words: list[str]) -> None:
         StepwiseCLI.command = words[0]
@@ -96,10 +122,13 @@ class StepwiseCLI(LightningCLI):
             StepwiseModule,
             TaskDataModule,
             trainer_class=StepwiseTrainer,
+            trainer_defaults={"log_every_n_steps": 1},  # an optimizer step takes long, and 50 of them would hide most
             seed_everything_default=0,
             parser_class=Parser,
+            save_config_callback=SaveConfig,
             auto_configure_optimizers=False,
             args=words if words != sys.argv[1:] else None,
+            run=self.runs,
         )
 
     @staticmethod
@@ -117,35 +146,56 @@ class StepwiseCLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        Parser.keys = {action.dest for action in parser._actions if not action.dest.endswith(".help")}
+        self.note_keys(parser)
         return parser
+
+    @staticmethod
+    def note_keys(parser: LightningArgumentParser) -> None:
+        """Those of the chosen command, for messages."""
+        Parser.keys = {action.dest for action in parser._actions if not action.dest.endswith(".help")}
 
     def _parse_ckpt_path(self) -> None:
         """Keep what the command line says: a checkpoint's hyper-parameters must not override it."""
 
+    def before_instantiate_classes(self) -> None:
+        """Settle where loggers write that were not told."""
+        config = self.config[self.command]
+        pages = [page.get_content() for page in config.config or []]
+        prepare_loggers(config.trainer.logger, config.trainer.default_root_dir or ".", sys.argv, pages)
+
     def after_instantiate_classes(self) -> None:
         """``--ckpt_path last`` finds the newest checkpoint of earlier runs, whose folders Lightning does not search."""
         options = self.config_init[self.command]
-        options.ckpt_path = find_checkpoint(options.ckpt_path, self.trainer.default_root_dir)
+        saving = [each for each in self.trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
+        folders = [Path(self.trainer.default_root_dir), *(Path(each.dirpath) for each in saving if each.dirpath)]
+        # the Trainer's own, so that hooks know before it is loaded
+        self.trainer.ckpt_path = find_checkpoint(options.ckpt_path, folders, to_train=self.command == "fit")
+        options.ckpt_path = None
 
     def instantiate_trainer(self, **kwargs: Any) -> StepwiseTrainer:
-        """Add the progress bar, unless the config brings one, the closing line, and a CSV logger by default."""
+        """Add the progress bar, unless there is one, the last lines, and a logger that names the folder of the run."""
         config = self._get(self.config_init, "trainer")
         callbacks = config.callbacks or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         extra: list[Any] = [RunSummary()]
         if config.enable_progress_bar is not False and not any(isinstance(each, ProgressBar) for each in callbacks):
             extra.append(RolloutProgressBar())
+        if config.fast_dev_run:  # Lightning saves none but save_last's, from which --ckpt_path last would then go on
+            callbacks = [each for each in callbacks if not isinstance(each, Checkpoint)]
         config.callbacks = [*callbacks, *extra]
-        if config.logger in (None, True):
-            config.logger = CSVLogger(save_dir=config.default_root_dir or ".", name="")
+        config.logger = complete(config.logger, config.default_root_dir or ".")
+        plugins = config.plugins or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(each, CheckpointIO) for each in plugins):
+            config.plugins = [*plugins, AtomicCheckpointIO()]
         if config.strategy == "fsdp":
             config.strategy = FSDPStrategy()  # by its name Lightning takes it on GPUs alone
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ValueError) as error:
+        except (MisconfigurationException, ValueError, RuntimeError) as error:
             raise ConfigError(_trainers_reason(str(error), config)) from error
         check_strategy(trainer)
+        check_launcher(trainer)
         assert isinstance(trainer, StepwiseTrainer)
         return trainer
 
@@ -165,6 +215,8 @@ def run(words: list[str]) -> None:
     """Parse ``words`` and run the command that is their first."""
     _quieten()
     StepwiseCLI(words)
+    if distributed.is_initialized():  # what gloo has left aborts a process at its very end now and then: 3 of 50
+        distributed.destroy_process_group()
 
 
 def _quieten() -> None:
@@ -173,6 +225,10 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
     # what is logged is over all ranks already; Lightning cannot know, and sees the process group that vLLM makes
     warnings.filterwarnings("ignore", message="It is recommended to use `self.log.*sync_dist=True")
+    # a resumed run has a folder of its own, and leaves what is in the one before alone
+    warnings.filterwarnings("ignore", message="The dirpath has changed")
+    # torch's own FSDP1 says so of itself
+    warnings.filterwarnings("ignore", message="Please use DTensor instead and we are deprecating ShardedTensor")
     # lightning 2.6 calls it once per run under torch 2.13
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(

@@ -3,6 +3,8 @@
 StepwiseError
 ├── ConfigError (also ValueError)      a setting that can never work: said before any time is spent
 ├── DataError (also ValueError)        a file of tasks that cannot be read: said with file and line
+├── StoreError (also ValueError)       a run's store that cannot be read
+├── CheckpointError (also OSError)     a checkpoint that cannot be written; those before it are as they were
 └── EngineError (also RuntimeError)    the inference engine failed
     └── MismatchError                  it answers, but not as the policy that is trained
 
@@ -22,6 +24,14 @@ class ConfigError(StepwiseError, ValueError):
 
 class DataError(StepwiseError, ValueError):
     """A file of tasks that cannot be read. The message names the file, the line and what is wrong with it."""
+
+
+class StoreError(StepwiseError, ValueError):
+    """A run whose store cannot be read. The message names the folder, what is wrong with it and the way out."""
+
+
+class CheckpointError(StepwiseError, OSError):
+    """A checkpoint that cannot be written. The message names the path, its size, what is free and what to do."""
 
 
 class EngineError(StepwiseError, RuntimeError):

@@ -135,6 +135,8 @@ class Engine(ABC):
     """Ranks that one engine spans. The first of them leads and plays; the others ``follow`` it."""
     takes_adapters: bool = False
     """Whether ``load_adapter`` works; else an adapter comes merged into the weights."""
+    on_one_machine: bool = False
+    """Whether it can be reached from the machine of the first rank alone."""
 
     @abstractmethod
     def start(self, model_path: str, max_context_tokens: int, adapter_rank: int = 0) -> None:
@@ -275,6 +277,12 @@ class Policy(Protocol):
         Every rank calls it together, between the backward passes and the step.
         """
 
+    def learnt_logprobs(self, samples: Sequence[StepSample]) -> dict[int, list[float]]:
+        """Of the last optimizer step: what the policy gave the sampled tokens of its samples before it was updated.
+
+        By index into ``samples``, those of its mini-batch; each rank says it of the samples that it forwarded.
+        """
+
     def reference_penalties(self, turns: Sequence[Turn], temperature: float) -> list[float] | None:
         """What leaving the reference costs each of this rank's turns, to be taken from its reward; None: nothing does.
 
@@ -294,10 +302,14 @@ class TaskData(Protocol):
     def keep(self, tasks: Sequence[Task]) -> None:
         """Play these from now on, and none of the others."""
 
-    def tasks_for(self, iteration: int) -> Sequence[Task]:
-        """Those of ``iteration``."""
+    @property
+    def training_tasks(self) -> Sequence[Task]:
+        """Every task that training may play."""
 
-    def further_tasks(self, iteration: int) -> Iterator[Task]:
+    def tasks_for(self, iteration: int, weights: Sequence[float]) -> Sequence[Task]:
+        """Those of ``iteration``, by the ``weights`` of all training tasks (see ``Deal``)."""
+
+    def further_tasks(self, iteration: int, weights: Sequence[float]) -> Iterator[Task]:
         """Tasks to play besides, where filters leave groups out."""
 
     @property

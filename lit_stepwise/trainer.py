@@ -2,23 +2,51 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_stepwise.errors import ConfigError
 from lit_stepwise.rollout.callback import RolloutCallback
+from lit_stepwise.store.write import unused
 from lit_stepwise.training.datamodule import TaskDataModule
 from lit_stepwise.training.module import StepwiseModule
 
+_LAUNCHERS: tuple[tuple[str, type[ClusterEnvironment], str], ...] = (
+    ("torchrun", TorchElasticEnvironment, "WORLD_SIZE"),  # first, for it may run within a job of SLURM
+    ("srun", SLURMEnvironment, "SLURM_NTASKS"),
+)
+"""Their number of processes is in that variable."""
+
 
 class StepwiseTrainer(pl.Trainer):
-    """Can play without training, too."""
+    """Can play without training, too, and logs how long it takes to save a checkpoint."""
+
+    def save_checkpoint(
+        self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any | None = None
+    ) -> None:
+        """Lightning's, after the metrics of the same step are written; all ranks call it together.
+
+        Logs ``seconds/save`` with the step whose weights are saved.
+        """
+        for logger in self.loggers:
+            logger.save()
+        began = time.perf_counter()
+        super().save_checkpoint(filepath, weights_only, storage_options)
+        for logger in self.loggers:
+            # as with the other metrics of an optimizer step, whose number is that of steps before it
+            logger.log_metrics({"seconds/save": time.perf_counter() - began}, step=max(0, self.global_step - 1))
 
     def play(
         self,
@@ -45,14 +73,15 @@ class StepwiseTrainer(pl.Trainer):
         if rollout is None:
             raise ConfigError("play needs a RolloutCallback; give the section rollout")
         bars = [each for each in self.callbacks if each is not rollout]  # type: ignore[attr-defined]
-        fabric = Fabric(accelerator=self.strategy.root_device.type, devices=self.num_devices, callbacks=bars)
+        kind = self.strategy.root_device.type
+        fabric = Fabric(accelerator=kind, devices=self.num_devices, num_nodes=self.num_nodes, callbacks=bars)
         fabric.launch()
         for bar in (each for each in bars if isinstance(each, ProgressBar) and not fabric.is_global_zero):
             bar.disable()
         with fabric.rank_zero_first(local=True):
             datamodule.prepare_data()
         tasks = datamodule.read(split)[:max_tasks]
-        folder = _unused(Path(output))
+        folder = unused(Path(output))
         model.configure_model()
         if ckpt_path is not None:
             checkpoint = torch.load(ckpt_path, weights_only=True, map_location="cpu")
@@ -71,25 +100,23 @@ class StepwiseTrainer(pl.Trainer):
         )
 
 
-def find_checkpoint(ckpt_path: str | Path | None, folder: str) -> str | Path | None:
-    """``last`` becomes the newest ``last.ckpt`` of any run below ``folder``, or None when there is none.
-
-    Raises ``ConfigError`` for a path that does not exist.
-    """
-    if ckpt_path == "last":
-        found = sorted(Path(folder).glob("**/last.ckpt"), key=lambda path: path.stat().st_mtime)
-        said = f"resuming from {found[-1]}" if found else f"no last.ckpt below {folder}, so this is a fresh start"
-        rank_zero_info(f"ckpt_path=last: {said}")
-        return found[-1] if found else None
-    if ckpt_path is not None and not Path(ckpt_path).exists():
-        raise ConfigError(f"ckpt_path={str(ckpt_path)!r} does not exist; give a checkpoint, or 'last'")
-    return ckpt_path
-
-
-def _unused(folder: Path) -> Path:
-    """``folder``, or the first of ``folder-2``, ``folder-3``, … that does not exist."""
-    number, candidate = 1, folder
-    while candidate.exists():
-        number += 1
-        candidate = folder.with_name(f"{folder.name}-{number}")
-    return candidate
+def check_launcher(trainer: pl.Trainer) -> None:
+    """Raises ``ConfigError`` where processes would wait for others that never come, or run each by itself."""
+    expected = trainer.num_nodes * trainer.num_devices
+    for name, environment_class, variable in _LAUNCHERS:
+        if environment_class.detect():
+            started = int(os.environ[variable])
+            if started != expected:
+                raise ConfigError(
+                    f"{name} started {started} processes, but trainer.num_nodes={trainer.num_nodes} times "
+                    f"trainer.devices={trainer.num_devices} are {expected}; make them equal (docs/machines.md)"
+                )
+            return
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    known = {"NODE_RANK", "GROUP_RANK"} & os.environ.keys() and "MASTER_ADDR" in os.environ
+    if trainer.num_nodes > 1 and isinstance(environment, LightningEnvironment) and not known:
+        raise ConfigError(
+            f"trainer.num_nodes={trainer.num_nodes}, but nothing says which of the machines this is, and where the "
+            f"first one; start it on each with torchrun --nnodes {trainer.num_nodes} --node_rank K --master_addr HOST "
+            f"--nproc_per_node {trainer.num_devices}, or with srun (docs/machines.md)"
+        )

@@ -38,6 +38,40 @@ class Prepared:
     """For a person: what was found and what was left out, with the reason; empty when there is nothing to say."""
 
 
+@dataclass(slots=True)
+class Deal:
+    """What the next iteration is about to play. The hook ``on_deal`` may change ``weights`` and ``max_turns``."""
+
+    iteration: int
+    tasks: Sequence[Task]
+    """All that training may play."""
+    prompt_tokens: Sequence[int]
+    """Of each task: the length of its first prompt."""
+    weights: list[float]
+    """Of each task, from 0 to 1: the chance that it is played when its turn comes. Else another one is, drawn in
+    proportion to the weights."""
+    max_turns: int
+    """Of each trajectory; ``limits.max_turns`` at most."""
+
+    def check(self, limits: Limits) -> None:
+        """Raises ``ConfigError`` for what cannot be played."""
+        if len(self.weights) != len(self.tasks):
+            raise ConfigError(
+                f"on_deal of a callback left {len(self.weights)} weights for {len(self.tasks)} tasks; give one each"
+            )
+        wrong = next((weight for weight in self.weights if not 0 <= weight <= 1), None)
+        if wrong is not None or not any(self.weights):
+            raise ConfigError(
+                f"on_deal of a callback left {f'the weight {wrong}' if wrong is not None else 'no weight above 0'} in "
+                f"iteration {self.iteration}; give each task 0 to 1, and one of them more than 0"
+            )
+        if not 1 <= self.max_turns <= limits.max_turns:
+            raise ConfigError(
+                f"on_deal of a callback set max_turns={self.max_turns} in iteration {self.iteration}; use 1 to "
+                f"rollout.limits.max_turns={limits.max_turns}, or raise that"
+            )
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One message of a conversation, before it is rendered to tokens."""
@@ -263,6 +297,10 @@ class Turn:
     feedback: Feedback
     finish_reason: Literal["stop", "length"] = "stop"
     environment_seconds: float = 0.0
+    engine_seconds: float = 0.0
+    """From the request to the response, waiting included."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that came out of the engine's prefix cache."""
     token_rewards: Sequence[float] = ()
     """[R] What ``feedback.span_rewards`` come to at each response token; empty when there are none."""
 
@@ -431,6 +469,8 @@ class MiniBatch:
     iteration: int
     index: int
     """0-based position within the iteration."""
+    pass_index: int = 0
+    """How often these samples were trained before."""
 
     @property
     def num_response_tokens(self) -> int:

@@ -23,13 +23,16 @@ from lit_stepwise.types import StopReason, Trajectory, Turn
 OVERLONG = "overlong"
 """The reward component that ``Filters.with_penalties`` adds."""
 
+LeftOut = Literal["", "failed", "uniform", "flat", "masked"]
+"""Not at all; for a fault of ours; with its group by dynamic sampling; with its group by ``drop_flat_groups``; cut."""
+
 
 @dataclass(frozen=True, slots=True)
 class Selection:
     """What is trained and, each thing counted once, what the filters left out."""
 
-    trained: Sequence[bool]
-    """Of every trajectory, in the order given: whether it makes training rows."""
+    left_out: Sequence[LeftOut]
+    """Of every trajectory, in the order given: why it makes no training rows; empty: it makes some."""
     rounds: int
     """Rounds of play it took."""
     groups_in: int
@@ -44,6 +47,11 @@ class Selection:
     """Trajectories of the other groups that are left out of the loss for having been cut."""
     tokens_dropped: int
     """Sampled tokens of all trajectories that are not trained, but for those that failed."""
+
+    @property
+    def trained(self) -> list[bool]:
+        """Of every trajectory whether it makes training rows."""
+        return [not reason for reason in self.left_out]
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -229,20 +237,26 @@ class Filters:
             num_rounds: rounds of play it took.
         """
         flat = self.flat_groups(trajectories, advantages) & groups
-        learning = groups - flat if self.drop_flat_groups else groups
+        dropped = flat if self.drop_flat_groups else set()
         masked = self.masked(trajectories)
-        candidates = [not each.failed and each.group in learning for each in trajectories]
-        trained = [candidate and not cut for candidate, cut in zip(candidates, masked, strict=True)]
-        pairs = list(zip(trajectories, trained, strict=True))
+        left_out: list[LeftOut] = [
+            "failed" if each.failed
+            else "uniform" if each.group not in groups
+            else "flat" if each.group in dropped
+            else "masked" if cut
+            else ""
+            for each, cut in zip(trajectories, masked, strict=True)
+        ]  # fmt: skip
+        pairs = [(each, not reason) for each, reason in zip(trajectories, left_out, strict=True)]
         played = {each.group for each in trajectories}
         return Selection(
-            trained=trained,
+            left_out=left_out,
             rounds=num_rounds,
             groups_in=len(played),
             groups_uniform=len(played - groups),
             groups_flat=len(flat),
             groups_kept=len({each.group for each, on in pairs if on}),
-            trajectories_masked=sum(candidates) - sum(trained),
+            trajectories_masked=left_out.count("masked"),
             tokens_dropped=sum(_num_tokens(each) for each, on in pairs if not on and not each.failed),
         )
 

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+_ROWS_AT_A_TIME = 4096
+"""Of the head's gradient, where what is added to it takes memory."""
+
 
 def entropy(logprobs: Tensor) -> Tensor:
     """[n] In nats, of the distributions whose [n, V] log-probabilities are given."""
@@ -164,5 +167,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right)
     elif total.is_cuda:  # the product is never rounded, nor held
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    else:
-        total.add_(left @ right)
+    else:  # a CPU widens all of what it adds before it does
+        for start in range(0, len(total), _ROWS_AT_A_TIME):
+            rows = slice(start, start + _ROWS_AT_A_TIME)
+            total[rows].add_(left[rows] @ right)

@@ -40,6 +40,11 @@ class AutoEngine(Engine):
         """Of the engine that was chosen; before ``start`` of the one to try."""
         return (self._chosen or self.first).takes_adapters
 
+    @property
+    def on_one_machine(self) -> bool:  # type: ignore[override]
+        """Of the engine that was chosen; before ``start`` of the one to try."""
+        return (self._chosen or self.first).on_one_machine
+
     def start(self, model_path: str, max_context_tokens: int, adapter_rank: int = 0) -> None:
         """Start the first that can. Raises ``EngineError`` when neither can."""
         self._chosen = None

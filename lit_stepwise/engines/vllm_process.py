@@ -49,7 +49,13 @@ def set_environment(local: bool) -> None:
     if dist.is_initialized():  # not every launcher sets these
         os.environ.setdefault("RANK", str(dist.get_rank()))
         os.environ.setdefault("WORLD_SIZE", str(dist.get_world_size()))
-        os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
+        os.environ.setdefault("LOCAL_RANK", _local_rank())
+
+
+def _local_rank() -> str:
+    """Of this process on its machine. For vLLM it is the number of the GPU, which the trainer has chosen already."""
+    gpu = current_gpu()
+    return str(gpu) if gpu >= 0 else os.environ.get("SLURM_LOCALID", os.environ["RANK"])
 
 
 @contextmanager

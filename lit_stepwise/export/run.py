@@ -37,9 +37,9 @@ def config_in(folder: Path) -> Mapping[str, Any]:
 
 
 def metrics_in(folder: Path, names: tuple[str, ...], step: int) -> Measured:
-    """The last value of each metric that is not of later weights; nothing of those that a CSVLogger has not written.
+    """The last value of each metric of play by weights of at most ``step`` optimizer steps, and how many they had.
 
-    Lightning logs what it measures after ``step`` optimizer steps at the index of the last of them.
+    Nothing of those that are not in the run's ``metrics.csv``.
     """
     path = folder / METRICS
     found: dict[str, tuple[float, int]] = {}
@@ -47,6 +47,6 @@ def metrics_in(folder: Path, names: tuple[str, ...], step: int) -> Measured:
         with path.open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 with suppress(ValueError, KeyError, TypeError):  # a line that was being written when the run was killed
-                    if (at := int(row["step"])) < max(step, 1):
+                    if (at := int(row["step"])) <= step:
                         found |= {name: (float(row[name]), at) for name in names if row.get(name)}
     return {name: found[name] for name in names if name in found}

@@ -111,6 +111,8 @@ class AgentLoop:
     num_threads: int
     deadlines: Deadlines = Deadlines()  # noqa: RUF009  (frozen)
     turnstile: Turnstile = field(default_factory=Turnstile)
+    on_engine_step: Callable[[int, int], None] = lambda num_generating, num_executing: None
+    """Called after a step of the engine with the requests it has yet to answer and the environment steps in flight."""
     on_turn_end: TurnHook = lambda turn, task_id: None
     on_trajectory_end: Callable[[Attempt], None] = lambda attempt: None
     engine_seconds: float = 0.0
@@ -142,6 +144,7 @@ class AgentLoop:
                         attempt = self._waiting.pop(completion.request_id)
                         spent = time.monotonic() - attempt.turn_began
                         self._answering[threads.submit(self._answer, attempt, completion, spent)] = attempt
+                self.on_engine_step(len(self._waiting), len(self._answering))
                 ready = self._answered(threads)
                 self._look_at_clock(threads)
         finally:
@@ -223,6 +226,8 @@ class AgentLoop:
             feedback=feedback,
             finish_reason=completion.finish_reason,
             environment_seconds=time.perf_counter() - began,
+            engine_seconds=spent,
+            num_cached_tokens=completion.num_cached_tokens,
             token_rewards=token_rewards,
         )
         if feedback.done or feedback.failure or len(attempt.turns) + 1 >= self.limits.max_turns:

@@ -8,13 +8,20 @@ from typing import Generic, TypeVar
 
 from lit_stepwise.rollout.threads import DaemonThreads
 
+D = TypeVar("D")
 T = TypeVar("T")
 
 
-class Ahead(Generic[T]):
-    """Plays iterations in a thread of its own, one after the other in the order in which they are started."""
+class Ahead(Generic[D, T]):
+    """Plays iterations in a thread of its own, one after the other in the order in which they are started.
 
-    def __init__(self, play: Callable[[int], T]) -> None:
+    Args:
+        draw: what an iteration plays; asked when it is started and by whoever starts it, so that it hangs on no clock.
+        play: plays that.
+    """
+
+    def __init__(self, draw: Callable[[int], D], play: Callable[[int, D], T]) -> None:
+        self._draw = draw
         self._play = play
         self._thread = DaemonThreads(1, "play")
         self._iterations: dict[int, Future[T]] = {}
@@ -22,7 +29,7 @@ class Ahead(Generic[T]):
     def start(self, iteration: int) -> None:
         """Play it, once."""
         if iteration not in self._iterations:
-            self._iterations[iteration] = self._thread.submit(self._play, iteration)
+            self._iterations[iteration] = self._thread.submit(self._play, iteration, self._draw(iteration))
 
     def take(self, iteration: int) -> T:
         """Wait for it. Raises what playing it raised."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
@@ -31,8 +31,9 @@ class Collector:
     """Plays tasks on every rank of ``fabric`` and tells its callbacks.
 
     Hooks, called on every callback (and the LightningModule) that has a method of that name:
-    ``on_rollout_start(stage, iteration, num_trajectories)``, ``on_turn_end(turn, task_id)`` and
-    ``on_trajectory_end(trajectory)``, each about this rank's play and by the thread that plays.
+    ``on_rollout_start(stage, iteration, num_trajectories)``, ``on_engine_step(num_generating, num_executing)``,
+    ``on_turn_end(turn, task_id)`` and ``on_trajectory_end(trajectory)``, each about this rank's play and by the thread
+    that plays.
     """
 
     fabric: Fabric
@@ -49,6 +50,8 @@ class Collector:
     """Called whenever a turn ended."""
     group: Any = None
     """Process group of its own, for play may run beside training; None while there is one process."""
+    prompt_tokens: dict[int, int] = field(default_factory=dict)
+    """Lengths of the first prompts of the tasks that were chosen, by their ``id``."""
 
     def __post_init__(self) -> None:
         if self.fabric.world_size > 1:
@@ -62,8 +65,11 @@ class Collector:
         stage: Literal["train", "evaluate"],
         iteration: int,
         first_group: int = 0,
+        max_turns: int | None = None,
     ) -> Rollout:
         """One attempt at every task with each of ``samplings``; groups count from ``first_group``.
+
+        ``max_turns`` is that of the limits unless given.
 
         Every so many tasks one is this rank's, all its attempts together. When the engine fails, what was unfinished
         has failed, and ``Rollout.engine_failure`` says why.
@@ -77,7 +83,8 @@ class Collector:
             for group, task in mine
             for sample, sampling in enumerate(samplings)
         ]
-        loop, stats, failure = self._loop(), self.environment.stats(), ""
+        limits = self.limits if max_turns is None else replace(self.limits, max_turns=max_turns)
+        loop, stats, failure = self._loop(limits), self.environment.stats(), ""
         self.fabric.call("on_rollout_start", stage=stage, iteration=iteration, num_trajectories=len(attempts))
         try:
             self.engine.begin_phase(mix_seed(*seed, replica.index, *([first_group] if first_group else [])))
@@ -112,7 +119,7 @@ class Collector:
         prepared = self.environment.prepare(tasks)
         lengths = [len(self.first_prompt(task)) for task in prepared.tasks]
         limit = self.limits.max_prompt_tokens
-        kept = [task for task, length in zip(prepared.tasks, lengths, strict=True) if length <= limit]
+        kept = {id(task): length for task, length in zip(prepared.tasks, lengths, strict=True) if length <= limit}
         reports = [prepared.report] if prepared.report else []
         if len(kept) < len(lengths):
             longest = max(lengths)
@@ -125,9 +132,14 @@ class Collector:
                 raise ConfigError(f"{over}; raise it to {longest} (and max_context_tokens with it)")
             reports.append(f"{over}; they are left out")
         # what a rank finds may hang on how busy its machine is (a gold statement that runs out of time)
-        ids = {id(task) for task in kept}
-        chosen = self.fabric.broadcast([index for index, task in enumerate(tasks) if id(task) in ids])
-        return Prepared([tasks[i] for i in chosen], "\n".join(reports))
+        found = [(index, kept[id(task)]) for index, task in enumerate(tasks) if id(task) in kept]
+        chosen = self.fabric.broadcast(found)
+        self.prompt_tokens = {id(tasks[i]): length for i, length in chosen}
+        return Prepared([tasks[i] for i, _ in chosen], "\n".join(reports))
+
+    def check_machines(self) -> None:
+        """Raises ``ConfigError`` where ranks on several machines would share an engine that cannot span them."""
+        refuse_far_engines(self.engine, self.from_all_ranks(self.fabric.node_rank))
 
     def first_prompt(self, task: Task) -> list[int]:
         """Its tokens."""
@@ -146,7 +158,7 @@ class Collector:
         torch.distributed.all_gather_object(values, value, group=self.group)
         return values
 
-    def _loop(self) -> AgentLoop:
+    def _loop(self, limits: Limits) -> AgentLoop:
         def turn_ended(turn: Turn, task_id: str) -> None:
             self.on_progress()
             self.fabric.call("on_turn_end", turn=turn, task_id=task_id)
@@ -154,17 +166,45 @@ class Collector:
         def trajectory_ended(attempt: Attempt) -> None:
             self.fabric.call("on_trajectory_end", trajectory=attempt.trajectory())
 
+        def engine_stepped(num_generating: int, num_executing: int) -> None:
+            self.fabric.call("on_engine_step", num_generating=num_generating, num_executing=num_executing)
+
         return AgentLoop(
             engine=self.engine,
             environment=self.environment,
             renderer=self.renderer,
-            limits=self.limits,
+            limits=limits,
             deadlines=self.deadlines,
             deterministic=self.deterministic,
             num_threads=self.num_threads,
             turnstile=self.turnstile,
+            on_engine_step=engine_stepped,
             on_turn_end=turn_ended,
             on_trajectory_end=trajectory_ended,
+        )
+
+
+def refuse_far_engines(engine: Engine, machines: Sequence[int]) -> None:
+    """Raises ``ConfigError`` for an engine that ranks on several machines would share, and that cannot span them.
+
+    ``machines`` has the number of each rank's machine.
+    """
+    size = engine.tensor_parallel_size
+    for first in range(0, len(machines), size):
+        spanned = sorted(set(machines[first : first + size]))
+        if len(spanned) > 1:
+            per_machine = min(map(machines.count, machines))
+            fitting = ", ".join(str(number) for number in range(1, per_machine + 1) if per_machine % number == 0)
+            raise ConfigError(
+                f"rollout.engine.tensor_parallel_size={size} would let the engine of ranks {first} to "
+                f"{first + size - 1} span the machines {spanned[0]} and {spanned[1]}, which share no memory; use one "
+                f"of {fitting}"
+            )
+    if engine.on_one_machine and len(set(machines)) > 1:
+        raise ConfigError(
+            f"rollout.engine={type(engine).__name__} without urls starts servers that the other "
+            f"{len(set(machines)) - 1} of the {len(set(machines))} machines cannot reach; start them with "
+            "`lit-stepwise serve --host 0.0.0.0`, and name them in rollout.engine.urls"
         )
 
 

@@ -19,6 +19,8 @@ def end_at_once_when_asked_again(trainer: Trainer) -> None:
     """
     if threading.current_thread() is not threading.main_thread():
         return
+    asked, bell = os.pipe()
+    os.set_blocking(bell, False)
 
     def end(number: int, frame: FrameType | None) -> None:
         launcher = trainer.strategy.launcher
@@ -27,4 +29,13 @@ def end_at_once_when_asked_again(trainer: Trainer) -> None:
         sys.stderr.write("\ninterrupted twice: ended at once\n")
         os._exit(130)
 
+    def listen() -> None:
+        while os.read(asked, 1) != bytes([signal.SIGINT]):
+            pass
+        end(signal.SIGINT, None)
+
+    # Python runs a handler in its main thread alone, which may stand in a sleep that no signal wakes (where the kernel
+    # gave it to another thread) or in a collective that never ends; the bell rings in whatever thread is interrupted
+    signal.set_wakeup_fd(bell, warn_on_full_buffer=False)
     signal.signal(signal.SIGINT, end)
+    threading.Thread(target=listen, name="second Ctrl-C", daemon=True).start()

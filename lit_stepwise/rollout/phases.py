@@ -29,6 +29,8 @@ class Draw:
     tasks: Sequence[Task]
     further: Iterator[Task]
     """To be played besides, where filters leave groups out."""
+    max_turns: int | None = None
+    """Of each trajectory; None: those of the limits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +99,14 @@ class Phases:
         self.probes: Sequence[Probe] = ()
         # beside training it needs collectives of its own: the order of the trainer's is not that of play
         self.beside = replace(collector, group=None) if staleness else collector
-        self.ahead: Ahead[Played] = Ahead(self._play_beside)
+        self.ahead: Ahead[Draw, Played] = Ahead(draw, self._play_beside)
 
     def take(self, iteration: int) -> Played:
         """The iteration, played now or already; and let the next ones be played meanwhile."""
         while True:
             seconds = self._sync_or_restart()
-            played = self.ahead.take(iteration) if self.staleness else self._fill(iteration, self.collector)
+            self.turn_to("wait" if self.staleness else "play")
+            played = self.ahead.take(iteration) if self.staleness else self._play_now(iteration)
             if not played.failure:
                 break
             self._bury(played.failure)
@@ -123,6 +126,7 @@ class Phases:
         self.ahead.settle()
         while True:
             seconds = self._sync_or_restart()
+            self.turn_to("evaluate" if stage == "evaluate" else "play")
             rollout = self.collector.play(tasks, samplings, stage=stage, iteration=-1 if stage == "evaluate" else 0)
             failure = next(filter(None, self.collector.from_all_ranks(rollout.engine_failure)), "")
             if not failure:
@@ -138,12 +142,18 @@ class Phases:
         self.heartbeat.beat("syncing weights")
         with self.collector.turnstile.first():
             if not self.started:
+                self.turn_to("start")
                 self._start()
+            self.turn_to("sync")
             began = time.perf_counter()
             self.probes = sync_weights(
                 self.collector, self.policy, version, self.prompts, self.max_logprob_gap, self.probes
             )
         return time.perf_counter() - began
+
+    def turn_to(self, phase: str) -> None:
+        """Tell all callbacks what this thread, which is the trainer's, does from here on."""
+        self.collector.fabric.call("on_phase", phase=phase)
 
     def rest(self) -> None:
         """Let the trainer have the engine's memory, unless play goes on beside it."""
@@ -192,22 +202,31 @@ class Phases:
             f"rollout.max_engine_restarts={self.max_engine_restarts}: {failure}"
         )
 
-    def _play_beside(self, iteration: int) -> Played:
+    def _play_now(self, iteration: int) -> Played:
+        return self._fill(iteration, self.draw(iteration), self.collector)
+
+    def _play_beside(self, iteration: int, draw: Draw) -> Played:
         device = self.collector.fabric.device
         if device.type == "cuda":
             torch.cuda.set_device(device)  # of this thread
-        return self._fill(iteration, self.beside)
+        return self._fill(iteration, draw, self.beside)
 
-    def _fill(self, iteration: int, collector: Collector) -> Played:
+    def _fill(self, iteration: int, draw: Draw, collector: Collector) -> Played:
         """All rounds of play, until the filters have groups enough."""
-        draw = self.draw(iteration)
         rollouts: list[Rollout] = []
         trajectories: list[Trajectory] = []
         groups: set[int] = set()
         failures: list[str] = []
         num_played, batch = 0, list(draw.tasks)
         while batch:
-            rollout = collector.play(batch, self.samplings, stage="train", iteration=iteration, first_group=num_played)
+            rollout = collector.play(
+                batch,
+                self.samplings,
+                stage="train",
+                iteration=iteration,
+                first_group=num_played,
+                max_turns=draw.max_turns,
+            )
             rollouts.append(rollout)
             trajectories += collector.gather(rollout.trajectories)
             failures += filter(None, collector.from_all_ranks(rollout.engine_failure))

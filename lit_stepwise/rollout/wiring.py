@@ -11,6 +11,8 @@ from lightning.fabric import Fabric
 from lit_stepwise.errors import ConfigError
 from lit_stepwise.interfaces import TaskData
 
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+
 
 def data_of(trainer: pl.Trainer) -> TaskData:
     """Its data module. Raises ``ConfigError`` when that deals out no tasks."""
@@ -43,13 +45,16 @@ def load_tokenizer(model_path: str) -> Any:
     """That of the model. Raises ``ConfigError`` when there is none."""
     from transformers import AutoTokenizer  # seconds of import that other commands need not pay
 
+    folder = Path(model_path)
+    refused = f"model.model_path={model_path!r} {{}}; give a folder with a Hugging Face model, or the name of one"
+    # of a folder without, transformers makes an empty one
+    if folder.is_dir() and not any(file for name in _TOKENIZER_FILES for file in folder.glob(name)):
+        raise ConfigError(refused.format("holds no tokenizer"))
     try:
         return AutoTokenizer.from_pretrained(model_path)
     except (OSError, ValueError) as error:
-        what = "holds no tokenizer" if Path(model_path).exists() else "is no folder, and no known model has that name"
-        raise ConfigError(
-            f"model.model_path={model_path!r} {what}; give a folder with a Hugging Face model, or the name of one"
-        ) from error
+        what = "holds no tokenizer" if folder.exists() else "is no folder, and no known model has that name"
+        raise ConfigError(refused.format(what)) from error
 
 
 def will_train(trainer: pl.Trainer, iteration: int) -> bool:

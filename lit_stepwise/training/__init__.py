@@ -1,6 +1,7 @@
 """Learning: the LightningModule, the data module, metrics, progress."""
 
 from lit_stepwise.training.datamodule import TaskDataModule
+from lit_stepwise.training.evaluation import pass_at
 from lit_stepwise.training.lora import Lora
 from lit_stepwise.training.module import StepwiseModule
 from lit_stepwise.training.progress import RolloutProgressBar
@@ -15,4 +16,5 @@ __all__ = [
     "RunSummary",
     "StepwiseModule",
     "TaskDataModule",
+    "pass_at",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, cycle
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -116,6 +117,11 @@ class TaskDataModule(pl.LightningDataModule):
         """Every task that the running stage may play."""
         return [task for split in self._in_use for task in self._read[split]]
 
+    @property
+    def training_tasks(self) -> list[Task]:
+        """Every task that training may play."""
+        return self._read["train"]
+
     def keep(self, tasks: Sequence[Task]) -> None:
         """Play these from now on, and none of the others. Raises ``DataError`` when a split has none of them."""
         kept = {id(task) for task in tasks}
@@ -154,23 +160,52 @@ class TaskDataModule(pl.LightningDataModule):
             raise DataError(f"data.{split}_files={files} holds no task")
         return tasks[: self.max_val_tasks] if split == "val" else tasks
 
-    def tasks_for(self, iteration: int) -> list[Task]:
-        """A function of (seed, iteration) alone: shuffled anew in each pass over the tasks, none ever left out."""
-        tasks = self._read["train"]
-        first = iteration * self.tasks_per_iteration
-        places = [divmod(position, len(tasks)) for position in range(first, first + self.tasks_per_iteration)]
-        orders = {
-            sweep: np.random.default_rng([self.seed, sweep]).permutation(len(tasks))
-            for sweep in {sweep for sweep, _ in places}
-        }
-        return [tasks[int(orders[sweep][place])] for sweep, place in places]
+    def tasks_for(self, iteration: int, weights: Sequence[float] | None = None) -> list[Task]:
+        """A function of (seed, iteration, weights) alone: shuffled anew in each pass over the tasks.
 
-    def further_tasks(self, iteration: int) -> Iterator[Task]:
-        """The tasks that are not among those of ``iteration``, in an order that is a function of (seed, iteration)."""
-        chosen = {id(task) for task in self.tasks_for(iteration)}
-        others = [task for task in self._read["train"] if id(task) not in chosen]
-        order = np.random.default_rng([self.seed, iteration, 1]).permutation(len(others))
-        return (others[int(place)] for place in order)
+        ``weights`` are those of a ``Deal``, None: 1 for each, so that none is ever left out.
+        """
+        return [self._read["train"][place] for place in self._places(iteration, weights)]
+
+    def further_tasks(self, iteration: int, weights: Sequence[float] | None = None) -> Iterator[Task]:
+        """The tasks that are not among those of ``iteration``, in an order that is a function of the same."""
+        chosen = set(self._places(iteration, weights))
+        others = [place for place in self._by_weight(iteration, weights) if place not in chosen]
+        return (self._read["train"][place] for place in others)
+
+    def _places(self, iteration: int, weights: Sequence[float] | None) -> list[int]:
+        """Of the tasks of ``iteration``: each that is due keeps its turn by chance, or another one gets it."""
+        due = self._due(iteration)
+        if weights is None:
+            return due
+        playable, are_due = self._by_weight(iteration, weights), set(due)
+        instead = chain((place for place in playable if place not in are_due), cycle(playable))
+        draws = np.random.default_rng([self.seed, iteration, 2]).random(len(due))
+        return [
+            place if draw < weights[place] else next(instead) for place, draw in zip(due, draws.tolist(), strict=True)
+        ]
+
+    def _due(self, iteration: int) -> list[int]:
+        """Places of the tasks whose turn it is."""
+        num, first = len(self._read["train"]), iteration * self.tasks_per_iteration
+        turns = [divmod(position, num) for position in range(first, first + self.tasks_per_iteration)]
+        orders = {
+            sweep: np.random.default_rng([self.seed, sweep]).permutation(num) for sweep in {sweep for sweep, _ in turns}
+        }
+        return [int(orders[sweep][place]) for sweep, place in turns]
+
+    def _by_weight(self, iteration: int, weights: Sequence[float] | None) -> list[int]:
+        """Places of all tasks with a weight, as if drawn one after the other in proportion to it.
+
+        Equal to ordering them by u^(1 / weight) with u uniform (Efraimidis and Spirakis, 2006).
+        """
+        num = len(self._read["train"])
+        given = np.ones(num) if weights is None else np.asarray(weights)
+        waits = np.random.default_rng([self.seed, iteration, 1]).exponential(size=num)
+        waits = np.divide(waits, given, out=np.full(num, np.inf), where=given > 0)
+        order = np.argsort(waits, kind="stable")
+        places: list[int] = order[given[order] > 0].tolist()
+        return places
 
     def _collect(self, iteration: int) -> list[StepSample]:
         """The samples of an iteration, with all that its updates will ask of them."""
@@ -192,6 +227,8 @@ class TaskDataModule(pl.LightningDataModule):
 
     def _check_limits(self) -> None:
         limit = getattr(self.trainer, "limit_train_batches", 1.0)
+        if getattr(self.trainer, "fast_dev_run", False):
+            return  # what it leaves is not for training
         if limit < (1.0 if isinstance(limit, float) else len(self.experience)):
             raise ConfigError(
                 f"trainer.limit_train_batches={limit} would leave step samples of every iteration untrained; lower "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import comb
 
 from torch import nn
@@ -34,9 +34,9 @@ class EvaluationMetrics(nn.Module):
         for trajectory in drawn:
             groups.setdefault(trajectory.group, []).append(trajectory)
         for attempts in groups.values():
-            for k, value in passes(attempts).items():
+            for k, value in pass_at(attempts).items():
                 self.pass_at.update(f"pass_at_{k}", value)
-        self.seconds.update("evaluate", rollout.play_seconds)
+        self.seconds.update("evaluate", rollout.wait_seconds)
 
     def result(self, prefix: str) -> dict[str, float]:
         """``<prefix>/<name>``, ``<prefix>/pass_at_<k>`` and ``seconds/evaluate`` over all ranks, then start afresh."""
@@ -44,8 +44,8 @@ class EvaluationMetrics(nn.Module):
         return self.trajectories.result(prefix) | self.pass_at.result(named) | self.seconds.result("seconds/")
 
 
-def passes(attempts: Sequence[Trajectory]) -> dict[int, float]:
-    """pass@k at one task, for k = 1, 2, 4 ... and the number of attempts, failed ones included.
+def pass_at(attempts: Sequence[Trajectory], ks: Iterable[int] | None = None) -> dict[int, float]:
+    """pass@k at one task, by k: those of ``ks``, or 1, 2, 4 ... and the number of attempts, failed ones included.
 
     ::
 
@@ -56,5 +56,6 @@ def passes(attempts: Sequence[Trajectory]) -> dict[int, float]:
     """
     sound = [attempt for attempt in attempts if not attempt.failed]
     n, c = len(sound), sum(attempt.success for attempt in sound)
-    powers = (2**i for i in range(len(attempts).bit_length()))
-    return {k: 1 - comb(n - c, k) / comb(n, k) for k in sorted({*powers, len(attempts)}) if k <= n}
+    if ks is None:
+        ks = sorted({*(2**i for i in range(len(attempts).bit_length())), len(attempts)})
+    return {k: 1 - comb(n - c, k) / comb(n, k) for k in ks if k <= n}

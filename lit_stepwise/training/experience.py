@@ -45,7 +45,8 @@ class Experience:
     def current(self) -> MiniBatch:
         """The mini-batch to train now."""
         parts = cut_at_groups(self.samples, self.mini_batches)
-        return MiniBatch(parts[self.cursor % self.mini_batches], self.iteration, self.cursor)
+        pass_index, part = divmod(self.cursor, self.mini_batches)
+        return MiniBatch(parts[part], self.iteration, self.cursor, pass_index)
 
     def advance(self) -> None:
         """The current mini-batch was trained."""
@@ -77,6 +78,13 @@ class ExperienceLoader:
             position = self.experience.cursor
             yield self.experience.current()
             assert self.experience.cursor == position + 1, "the RolloutCallback must advance after every batch"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty: the experience, which the data module saves, says where it goes on. Lightning warns of less."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse."""
 
 
 _RAGGED = {

@@ -62,13 +62,14 @@ class Lora:
         """The same for a language model alone, which may be on the meta device."""
         from peft import LoraConfig, inject_adapter_in_model
 
-        on_meta = next(model.parameters()).is_meta
+        device = next(model.parameters()).device
         config = LoraConfig(
             r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=self.target_modules,
             task_type="CAUSAL_LM", base_model_name_or_path=model.name_or_path,
         )  # fmt: skip
         try:
-            inject_adapter_in_model(config, model, _NAME, low_cpu_mem_usage=on_meta)
+            with device:
+                inject_adapter_in_model(config, model, _NAME)
         except ValueError as error:
             raise ConfigError(
                 f"model.lora.target_modules={self.target_modules} does not fit the model: {error}; use all-linear, or "
@@ -76,7 +77,7 @@ class Lora:
             ) from error
         self._check_layers(model)
         for name, parameter in model.named_parameters():
-            if is_of_adapter(name) and not on_meta:
+            if is_of_adapter(name) and device.type != "meta":
                 parameter.data.copy_(fresh(name, parameter.shape))
 
     def _check_layers(self, model: Any) -> None:

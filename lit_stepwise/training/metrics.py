@@ -38,8 +38,12 @@ def gaps_of(differences: Tensor) -> dict[str, float]:
 class UpdateMetrics(nn.Module):
     """Of one optimizer step: the loss, means over tokens, sums of tokens. Feed it this rank's micro-batches only."""
 
+    copies: int
+    """Ranks that are fed the same."""
+
     def __init__(self) -> None:
         super().__init__()
+        self.copies = 1
         self.loss = SumMetric()
         self.means = Aggregates(MeanMetric)
         self.tokens = Aggregates(SumMetric, "trained", "forwarded", "saved")
@@ -90,10 +94,11 @@ class UpdateMetrics(nn.Module):
 
         A mean is there if anything was said about it since the last step.
         """
-        values = {"train/loss": float(self.loss.compute())}
+        sums = {"train/loss": float(self.loss.compute())}
+        sums |= self.tokens.result("tokens/") | self.flops.result("flops/")
+        values = {name: value / self.copies for name, value in sums.items()}
         values |= {f"train/{name}": value for name, value in self._gaps().items()}
-        values |= self.means.result("train/") | self.tokens.result("tokens/")
-        values |= self.flops.result("flops/")
+        values |= self.means.result("train/")
         self.loss.reset()
         self.differences.reset()
         return values

@@ -20,9 +20,10 @@ from lit_stepwise.algo.losses import DualClip
 from lit_stepwise.algo.packing import Packing, collate
 from lit_stepwise.algo.reductions import Reduction, token_weights
 from lit_stepwise.algo.tree_attention import AttentionName
+from lit_stepwise.checkpoints.shards import different_architecture
 from lit_stepwise.errors import ConfigError
 from lit_stepwise.interfaces import PolicyLoss
-from lit_stepwise.training.loading import load_sharded
+from lit_stepwise.training.loading import give_memory, load_sharded
 from lit_stepwise.training.logs import Logs
 from lit_stepwise.training.lora import Lora, WithoutAdapter
 from lit_stepwise.training.objective import Objective, OldLogprobs, chosen
@@ -30,7 +31,7 @@ from lit_stepwise.training.policy_model import PolicyModel
 from lit_stepwise.training.policy_role import PolicyRole
 from lit_stepwise.training.scoring import Reference, from_all_ranks, logprobs_of
 from lit_stepwise.training.sharding import clip_gradients
-from lit_stepwise.training.strategies import check_strategy, sharding_of
+from lit_stepwise.training.strategies import Sharding, check_strategy, sharding_of
 from lit_stepwise.types import MicroBatch, MiniBatch, StepSample
 
 
@@ -74,6 +75,9 @@ class StepwiseModule(PolicyRole, Logs):
             pass: a third more time for most of the memory.
         offload_reference: where the strategy shards, the reference of kl is in the memory of the CPU between two uses.
     """
+
+    reads_weights: bool = True
+    """False: ``configure_model`` makes the models without weights, as ``lit-stepwise plan`` does on fake tensors."""
 
     def __init__(
         self,
@@ -150,6 +154,8 @@ class StepwiseModule(PolicyRole, Logs):
         self.offload_reference = offload_reference
         self.policy = None
         self.reference = None
+        self.step_plan = []
+        self.step_logprobs = []
 
     # ---- set-up
 
@@ -157,18 +163,30 @@ class StepwiseModule(PolicyRole, Logs):
         """Choose what was left open; the RolloutCallback has said by now how play runs."""
         if self._trainer is not None:
             check_strategy(self._trainer)
-            if self.offload_reference and sharding_of(self._trainer) is None:
-                raise ConfigError(
-                    "model.offload_reference=true has no effect where every rank holds the whole reference; use it "
-                    "with trainer.strategy=fsdp2 or fsdp"
-                )
+            self._check_sharding(sharding_of(self._trainer))
         old_logprobs, correction = chosen(self.old_logprobs, self.correction, self.staleness)
         self.objective = replace(self.objective, old_logprobs=old_logprobs, correction=correction)
+
+    def _check_sharding(self, sharding: Sharding | None) -> None:
+        if self.offload_reference and sharding is None:
+            raise ConfigError(
+                "model.offload_reference=true has no effect where every rank holds the whole reference; use it with "
+                "trainer.strategy=fsdp2 or fsdp"
+            )
+        self.ranks_per_layer = sharding.tensor_parallel_size if sharding is not None else 1
+        self.update_metrics.copies = self.ranks_per_layer
+        if self.lora is not None and self.ranks_per_layer > 1:
+            raise ConfigError(
+                f"model.lora with trainer.strategy.init_args.tensor_parallel_size={self.ranks_per_layer}: adapters are "
+                "not split over ranks; use a size of 1, or train all weights"
+            )
 
     def configure_model(self) -> None:
         """Load the weights; Lightning may call this more than once."""
         if self.policy is None:
+            began = time.perf_counter()
             self.policy = self._load(self.model_path, "model.model_path", self._prepare)
+            rank_zero_info(f"read {self.model_path} in {time.perf_counter() - began:.1f} s")
         if self.reference is None and self.objective.kl.needs_reference:
             self.reference = self._load_reference(self.policy)
 
@@ -198,14 +216,17 @@ class StepwiseModule(PolicyRole, Logs):
     def _load(
         self, path: str, setting: str, prepare: Callable[[PolicyModel], None], frozen: bool = False
     ) -> PolicyModel:
-        def load(on_meta: bool) -> PolicyModel:
-            return PolicyModel.load(path, self.logits_chunk_tokens, self.packing, self.attention, setting, on_meta)
+        def load(empty_on: str | None) -> PolicyModel:
+            return PolicyModel.load(path, self.logits_chunk_tokens, self.packing, self.attention, setting, empty_on)
 
         sharding = sharding_of(self._trainer)
         if sharding is not None:
-            return load_sharded(path, load, prepare, sharding, frozen, offload=frozen and self.offload_reference)
-        model = load(False)
+            offload = frozen and self.offload_reference
+            return load_sharded(path, load, prepare, sharding, frozen, offload, self.reads_weights)
+        model = load(None if self.reads_weights else "meta")
         prepare(model)
+        if not self.reads_weights:
+            give_memory(model, self.device)
         return model
 
     def on_fit_start(self) -> None:
@@ -219,6 +240,12 @@ class StepwiseModule(PolicyRole, Logs):
     def configure_optimizers(self) -> Any:
         """What the YAML names."""
         optimizer = self.optimizer([each for each in self.parameters() if each.requires_grad])
+        together = [name for name in ("foreach", "fused") if optimizer.defaults.get(name)]
+        if together and self.ranks_per_layer > 1:
+            raise ConfigError(
+                f"model.optimizer.init_args.{together[0]}=true steps all weights at a time, which are not split alike "
+                f"with trainer.strategy.init_args.tensor_parallel_size={self.ranks_per_layer}; leave it out"
+            )
         return {"optimizer": optimizer, "lr_scheduler": self.lr_scheduler(optimizer)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -227,14 +254,8 @@ class StepwiseModule(PolicyRole, Logs):
         if not theirs:  # a strategy that shards has read them already, and ours are not whole
             return
         ours = {name: tuple(value.shape) for name, value in self.state_dict().items()}
-        differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-        if differing:
-            name = differing[0]
-            raise ConfigError(
-                f"ckpt_path holds another architecture than model.model_path={self.model_path!r}: {len(differing)} "
-                f"tensors differ, the first {name} with shape {theirs.get(name)} there and {ours.get(name)} here; give "
-                "the checkpoint of this model, or the model of this checkpoint"
-            )
+        if difference := different_architecture(theirs, ours, self.model_path):
+            raise ConfigError(difference)
 
     # ---- learning
 
@@ -284,11 +305,14 @@ class StepwiseModule(PolicyRole, Logs):
         optimizer = self.optimizers()
         assert isinstance(optimizer, pl.core.optimizer.LightningOptimizer)
         optimizer.zero_grad()
+        self.step_logprobs.clear()
         # the ranks' gradients are summed once, or where that would take the memory of a whole one, every time
         without_sync = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
         for micro_batch, is_last in _with_last(self._micro_batches(batch)):
             with nullcontext() if is_last else without_sync():
                 self.manual_backward(self._loss(micro_batch.to(self.device)))
+        if sharding := sharding_of(self.trainer):
+            sharding.finish_gradients()
         grad_norm = self._clip_gradients()
         optimizer.step()
         scheduler = self.lr_schedulers()
@@ -306,14 +330,20 @@ class StepwiseModule(PolicyRole, Logs):
         """This rank's share."""
         samples = batch.samples
         weights = token_weights(samples, self.reduction, self.max_response_tokens)
+        self.step_plan = self._plan(samples)
         return (
-            collate([samples[i] for i in part], [weights[i] for i in part], self.packing)
-            for part in self._plan(samples)
+            collate([samples[i] for i in part], [weights[i] for i in part], self.packing) for part in self.step_plan
         )
 
     def _plan(self, samples: Sequence[StepSample]) -> list[list[int]]:
         """This rank's micro-batches of a mini-batch; every rank plans the same and runs the same number."""
-        return self.plan(samples, self.trainer.world_size)[self.global_rank]
+        return self.plan(samples, self._num_shares)[self.global_rank // self.ranks_per_layer]
+
+    @property
+    def _num_shares(self) -> int:
+        """Of a mini-batch: the ranks, where those that compute layers together count as one."""
+        num_ranks: int = self.trainer.world_size
+        return num_ranks // self.ranks_per_layer
 
     def _loss(self, batch: MicroBatch) -> Tensor:
         """This micro-batch's part of the loss of the mini-batch on all ranks."""
@@ -321,6 +351,7 @@ class StepwiseModule(PolicyRole, Logs):
         objective = self.objective
         ref_logprobs = self.reference(batch) if self.reference and objective.asks_reference else None
         logprobs, entropies = self.policy(batch, entropy_gradient=objective.entropy_bonus > 0)
+        self.step_logprobs.append(logprobs.detach())
         if objective.old_logprobs == "trainer" and not self.wants_old_logprobs:
             batch = replace(batch, old_logprobs=logprobs.detach())
         said = objective(batch, logprobs, entropies, ref_logprobs)
@@ -328,7 +359,7 @@ class StepwiseModule(PolicyRole, Logs):
         self.update_metrics.update(loss, said.logged, said.differences)
         self.update_metrics.count(batch, self.policy.num_forwarded(batch.tree), self.policy.flops)
         # ddp and fsdp average the gradients of the ranks, while theirs is a sum over tokens
-        return loss * self.trainer.world_size
+        return loss * self._num_shares
 
     def _clip_gradients(self) -> Tensor:
         """Norm before clipping."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -65,7 +65,9 @@ class RolloutMetrics(nn.Module):
         self.tokens = Aggregates(SumMetric, "generated", "cached")
         self.environment = Aggregates(SumMetric)
 
-    def update(self, rollout: Rollout, began: int, num_steps: int, max_age: int) -> None:
+    def update(
+        self, rollout: Rollout, began: int, num_steps: int, max_age: int, phases: Mapping[str, float] | None = None
+    ) -> None:
         """Take in what this rank played.
 
         Args:
@@ -73,11 +75,14 @@ class RolloutMetrics(nn.Module):
             began: ``global_step`` when training of the iteration began.
             num_steps: optimizer steps of an iteration.
             max_age: of weights, in iterations; older ones are counted as of that age.
+            phases: seconds by name of what else the trainer's time went into since it was given the iteration before.
         """
         self.trajectories.update(rollout.trajectories)
         self.staleness.update(rollout.trajectories, began, num_steps, max_age)
         for name in self.seconds.fixed:
             self.seconds.update(name, getattr(rollout, f"{name}_seconds"))
+        for name, seconds in (phases or {}).items():
+            self.seconds.update(name, seconds)
         if rollout.cycle_seconds > 0:
             self.idle.update("trainer", rollout.wait_seconds / rollout.cycle_seconds)
             self.idle.update("engine", 1 - rollout.engine_seconds / rollout.cycle_seconds)

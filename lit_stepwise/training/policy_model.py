@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,25 +62,32 @@ class PolicyModel(nn.Module):
         packing: Packing = "tree",
         attention: AttentionName = "auto",
         setting: str = "model.model_path",
-        on_meta: bool = False,
+        empty_on: str | None = None,
     ) -> PolicyModel:
         """Read the weights as float32, in training mode. Raises ``ConfigError``, naming ``setting``, if that fails.
 
-        ``on_meta`` makes the model without them.
+        ``empty_on`` names a device on which to make the model without them.
         """
+        from safetensors import SafetensorError
         from transformers import AutoConfig, AutoModelForCausalLM  # seconds of import that others need not pay
 
         form: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "sdpa"}
+        missing: Collection[str] = ()
         try:
-            if on_meta:
-                with torch.device("meta"):
+            if empty_on is not None:
+                with torch.device(empty_on):
                     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), **form)
             else:
-                model = AutoModelForCausalLM.from_pretrained(path, **form)
-        except (OSError, ValueError) as error:
+                model, found = AutoModelForCausalLM.from_pretrained(path, **form, output_loading_info=True)
+                missing = found["missing_keys"]
+        except (OSError, ValueError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
-            hint = "" if Path(path).exists() else "; the folder does not exist"
-            raise ConfigError(f"{setting}={path!r} cannot be loaded{hint}: {reason}") from error
+            raise ConfigError(f"{setting}={path!r} cannot be loaded{_hint(Path(path))}: {reason}") from error
+        if missing:
+            raise ConfigError(
+                f"{setting}={path!r} lacks {len(missing)} tensors of the model, such as {min(missing)}, which would be "
+                "random; fetch the folder again, or give one that is whole"
+            )
         return cls(model.train(), chunk_tokens, packing, attention)
 
     @property
@@ -170,6 +177,13 @@ class PolicyModel(nn.Module):
     def _last_hidden_state(self, **inputs: Any) -> Tensor:
         hidden: Tensor = self.language_model.base_model(**inputs, use_cache=False).last_hidden_state
         return hidden
+
+
+def _hint(path: Path) -> str:
+    """What a person may see for himself."""
+    if not path.exists():
+        return "; the folder does not exist"
+    return "" if (path / "config.json").exists() else "; it has no config.json, so it is no Hugging Face model"
 
 
 def _refuse_head(language_model: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 
 import lightning.pytorch as pl
 import torch
@@ -33,6 +34,12 @@ class PolicyRole(pl.LightningModule):
     update_metrics: UpdateMetrics
     packing: Packing
     max_tokens_per_micro_batch: int
+    step_plan: list[list[int]]
+    """Of the last optimizer step: which samples each micro-batch of this rank holds."""
+    step_logprobs: list[Tensor]
+    """[N] Of each of these micro-batches, without gradient."""
+    ranks_per_layer: int = 1
+    """Ranks that compute each layer of the policy together, and so forward the same."""
     staleness: int = 0
     """Iterations that play may run ahead of training; set by the RolloutCallback in its ``setup``."""
 
@@ -56,12 +63,19 @@ class PolicyRole(pl.LightningModule):
         Without gradient, in one forward pass. Every rank calls it together.
         """
         assert self.policy is not None
-        samples = [as_sample(prompt_ids, response_ids, temperature=1.0) for prompt_ids, response_ids in said]
+        asked, first = list(said), 0
+        if self.ranks_per_layer > 1:  # they answer for all of them together
+            position = self.global_rank % self.ranks_per_layer
+            start = self.global_rank - position
+            each = from_all_ranks(asked)[start : start + self.ranks_per_layer]
+            asked, first = [one for of_rank in each for one in of_rank], sum(map(len, each[:position]))
+        samples = [as_sample(prompt_ids, response_ids, temperature=1.0) for prompt_ids, response_ids in asked]
         batch = collate(samples, [0.0] * len(samples), self.packing).to(self.device)
         with self.as_in_training():
             logprobs, best = self.policy(batch, summary=likeliest)
-        sizes = [len(response_ids) for _, response_ids in said]
-        return list(zip(logprobs.split(sizes), best.split(sizes), strict=True))
+        sizes = [len(response_ids) for _, response_ids in asked]
+        answers = list(zip(logprobs.split(sizes), best.split(sizes), strict=True))
+        return answers[first : first + len(said)]
 
     def logprob_gap(self) -> float:
         """Mean absolute difference of engine and trainer, in nats, on the tokens of the optimizer step that is due.
@@ -69,6 +83,21 @@ class PolicyRole(pl.LightningModule):
         Every rank calls it together, between the backward passes and the step.
         """
         return self.update_metrics.logprob_gap()
+
+    def learnt_logprobs(self, samples: Sequence[StepSample]) -> dict[int, list[float]]:
+        """Of the last optimizer step: what the policy gave the sampled tokens of its samples before it was updated.
+
+        Args:
+            samples: of its mini-batch.
+
+        Returns:
+            A number for each sampled token, by index into ``samples``, of those that this rank forwarded.
+        """
+        if not self.step_plan:
+            return {}
+        values = iter(torch.cat(self.step_logprobs).tolist())
+        members = [i for part in self.step_plan for i in part]
+        return {i: list(islice(values, samples[i].num_response_tokens)) for i in members}
 
     def reference_penalties(self, turns: Sequence[Turn], temperature: float) -> list[float] | None:
         """What leaving the reference costs each of this rank's turns, to be taken from its reward; None: nothing does.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -78,13 +78,28 @@ def set_gradient_sync(model: nn.Module, on: bool) -> None:
             module.set_requires_gradient_sync(on, recurse=False)
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this rank has of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _by_mesh(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Those that the same ranks share together, for operations on several at a time."""
+    groups: dict[Any, list[Tensor]] = {}
+    for each in parameters:
+        groups.setdefault(each.device_mesh if isinstance(each, DTensor) else None, []).append(each)
+    return list(groups.values())
+
+
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """Norm of the whole gradient, the same on every rank, before it was clipped to ``max_norm``."""
     if isinstance(model, FSDP1):
         return model.clip_grad_norm_(max_norm)
-    parameters = [each for each in model.parameters() if each.grad is not None]
-    norm = torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+    groups = _by_mesh(each for each in model.parameters() if each.grad is not None)
+    norms = [torch.nn.utils.get_total_norm([each.grad for each in group if each.grad is not None]) for group in groups]
     # of shards it is as yet each rank's own part
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    norm = whole[0] if len(whole) == 1 else torch.nn.utils.get_total_norm(whole)
+    for group in groups:
+        torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
     return norm

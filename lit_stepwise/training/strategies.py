@@ -13,10 +13,13 @@ from lightning.pytorch.plugins import FSDPPrecision, Precision
 from lightning.pytorch.strategies import FSDPStrategy as LightningFSDPStrategy
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torchmetrics import Metric
 
+from lit_stepwise.checkpoints.shards import WholeShards
 from lit_stepwise.errors import ConfigError
 from lit_stepwise.training.sharding import set_gradient_sync
+from lit_stepwise.training.tensor_parallel import TensorParallel, check_size
 
 Dtype = Literal["bfloat16", "float32"]
 _DTYPES: dict[Dtype, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -32,6 +35,9 @@ class Sharding(ABC):
     root_device: torch.device
     param_dtype: Dtype | None
     reduce_dtype: Dtype
+
+    tensor_parallel_size: int = 1
+    """Ranks that compute each layer of the policy together, on the same micro-batches."""
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -54,8 +60,11 @@ class Sharding(ABC):
             offload: between two uses the parts are in the memory of the CPU.
         """
 
+    def finish_gradients(self) -> None:
+        """Whatever is left to do between the backward passes and the optimizer step."""
 
-class FSDP2Strategy(Sharding, ModelParallelStrategy):
+
+class FSDP2Strategy(Sharding, WholeShards, ModelParallelStrategy):
     """Shards weights, gradients and optimizer states over all ranks, with PyTorch's ``fully_shard``.
 
     Weights and optimizer states are float32; a layer computes with a copy of its weights in ``param_dtype``, which all
@@ -70,7 +79,12 @@ class FSDP2Strategy(Sharding, ModelParallelStrategy):
         reduce_every_micro_batch: gradients are summed and sharded after each micro-batch; false does it once in an
             optimizer step, for the memory of a whole gradient in reduce_dtype.
         save_distributed_checkpoint: each rank writes its part into a folder; false collects all in one file on rank 0.
+        tensor_parallel_size: ranks of a node that compute each layer of the policy together, with some of its heads
+            each, on the same micro-batches; there are as many fewer of these at a time. For layers whose activations do
+            not fit: to exchange what they compute takes longer than to gather weights.
     """
+
+    weights_key = "state_dict"
 
     def __init__(
         self,
@@ -80,30 +94,42 @@ class FSDP2Strategy(Sharding, ModelParallelStrategy):
         cpu_offload: bool = False,
         reduce_every_micro_batch: bool = True,
         save_distributed_checkpoint: bool = True,
+        tensor_parallel_size: int = 1,
     ) -> None:
-        super().__init__(1, 1, save_distributed_checkpoint)
+        super().__init__(1, tensor_parallel_size, save_distributed_checkpoint)
         _check_dtypes(param_dtype, reduce_dtype)
         self.param_dtype = param_dtype
         self.reduce_dtype = reduce_dtype
         self.reshard_after_forward = reshard_after_forward
         self.cpu_offload = cpu_offload
         self.reduce_every_micro_batch = reduce_every_micro_batch
+        self.save_distributed_checkpoint = save_distributed_checkpoint
+        self.tensor_parallel_size = tensor_parallel_size
+        self._tensor_parallel: TensorParallel | None = None
 
     def setup_environment(self) -> None:
         """All ranks are one mesh; what Lightning itself takes is tensor parallelism over those of a node."""
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        num_ranks = self.num_nodes * self.num_processes
+        check_size(self.tensor_parallel_size, self.num_processes)
+        self._data_parallel_size = num_ranks // self.tensor_parallel_size
         super().setup_environment()
+        assert self.device_mesh is not None
+        self._of_layers = self._of_all = self.device_mesh["data_parallel"]
+        if self.tensor_parallel_size > 1:
+            self._of_all = init_device_mesh(self.root_device.type, (num_ranks,))
 
     def shard(
         self, model: nn.Module, layers: Sequence[nn.Module], fill: Filling | None, frozen: bool, offload: bool
     ) -> nn.Module:
-        """See ``Sharding``."""
+        """See ``Sharding``. What is frozen is asked by each rank by itself, so that no ranks share its layers."""
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+        assert self.device_mesh is not None
+        if self.tensor_parallel_size > 1 and not frozen:
+            self._tensor_parallel = TensorParallel(model.language_model, self.device_mesh["tensor_parallel"])
         offload = offload or self.cpu_offload
         reshard = self.reshard_after_forward or frozen
         shared: dict[str, Any] = {
-            "mesh": self.device_mesh["data_parallel"],
             # inputs are as they should be; to cast them would round temperatures and positions
             "mp_policy": MixedPrecisionPolicy(
                 self.compute_dtype, _DTYPES[self.reduce_dtype], cast_forward_inputs=False
@@ -113,15 +139,22 @@ class FSDP2Strategy(Sharding, ModelParallelStrategy):
             else OffloadPolicy(),
         }
         for layer in layers:
-            fully_shard(layer, **shared, reshard_after_forward=reshard)
+            of_layer = self._of_all if frozen else self._of_layers
+            fully_shard(layer, mesh=of_layer, **shared, reshard_after_forward=reshard)
         # the backward pass begins with what is in no layer, so torch by itself keeps that
-        fully_shard(model, **shared, reshard_after_forward=True if frozen else None if reshard else False)
+        at_the_end = True if frozen else None if reshard else False
+        fully_shard(model, mesh=self._of_all, **shared, reshard_after_forward=at_the_end)
         if fill is not None:
             model.to_empty(device=torch.device("cpu") if offload else self.root_device)
             for module in model.modules():
                 fill(module)
         move_buffers(model, self.root_device)
         return model
+
+    def finish_gradients(self) -> None:
+        """See ``TensorParallel``."""
+        if self._tensor_parallel is not None:
+            self._tensor_parallel.finish_gradients()
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -153,7 +186,7 @@ class FSDP2Strategy(Sharding, ModelParallelStrategy):
         return "cpu:gloo,cuda:nccl" if both else super()._get_process_group_backend()
 
 
-class FSDPStrategy(Sharding, LightningFSDPStrategy):
+class FSDPStrategy(Sharding, WholeShards, LightningFSDPStrategy):
     """Shards weights, gradients and optimizer states over all ranks, with PyTorch's ``FullyShardedDataParallel``.
 
     The first generation of what ``FSDP2Strategy`` does, with the same meaning of its settings; it needs more memory
@@ -167,6 +200,8 @@ class FSDPStrategy(Sharding, LightningFSDPStrategy):
         save_distributed_checkpoint: each rank writes its part into a folder; false collects all in one file on rank 0.
     """
 
+    weights_key = "model"
+
     def __init__(
         self,
         param_dtype: Dtype | None = None,
@@ -179,6 +214,7 @@ class FSDPStrategy(Sharding, LightningFSDPStrategy):
         self.param_dtype = param_dtype
         self.reduce_dtype = reduce_dtype
         self.reduce_every_micro_batch = reduce_every_micro_batch
+        self.save_distributed_checkpoint = save_distributed_checkpoint
 
     @property
     def precision_plugin(self) -> FSDPPrecision:
@@ -259,6 +295,12 @@ def check_strategy(trainer: pl.Trainer) -> None:
         raise ConfigError(
             f"trainer.strategy={type(strategy).__module__.split('.')[0]}'s own {name} does not know what to shard; use "
             f"trainer.strategy={ours}, which is made for this model"
+        )
+    in_one_file = isinstance(strategy, FSDPStrategy) and not strategy.save_distributed_checkpoint
+    if in_one_file and strategy.root_device.type == "cpu":
+        raise ConfigError(
+            "trainer.strategy.save_distributed_checkpoint=false with FSDPStrategy on a CPU ends in a crash of torch at "
+            "the first checkpoint; leave it true, or use FSDP2Strategy"
         )
     if isinstance(strategy, Sharding) and precision != "32-true":
         raise ConfigError(

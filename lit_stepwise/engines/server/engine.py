@@ -21,7 +21,7 @@ from lit_stepwise.engines.server.process import (
     expect_running,
     wait_until_ready,
 )
-from lit_stepwise.engines.server.protocol import check_facts, completion, facts_in, request_body
+from lit_stepwise.engines.server.protocol import check_facts, check_here, completion, facts_in, request_body
 from lit_stepwise.engines.server.ranks import Ranks
 from lit_stepwise.engines.server.weights import FileSender, NCCLSender, WeightSender
 from lit_stepwise.engines.vllm_weights import checked, expected_weights
@@ -88,6 +88,7 @@ class VLLMServerEngine(Engine):
                 "child process, and none for servers that run already"
             )
         self.urls = urls
+        self.on_one_machine = not urls
         self.num_servers = num_servers
         self.devices = devices
         self.dtype = dtype
@@ -261,6 +262,8 @@ class VLLMServerEngine(Engine):
         for url, each in zip(urls, facts, strict=True):
             check_facts(url, each, config, self._max_context_tokens, self.seed_requests)
         self._facts = facts[0]
+        if self._facts["weights_backend"] == "file" and self.weights_folder is None:
+            check_here(urls)
         self._shapes, self._names = expected_weights(config.get_text_config())
 
     def _make_sender(self, servers: Servers) -> WeightSender:

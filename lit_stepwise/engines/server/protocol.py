@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
+from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from lit_stepwise.errors import EngineError
 from lit_stepwise.types import Completion, Request, VersionSpan
@@ -55,6 +58,18 @@ def check_facts(url: str, facts: dict[str, Any], config: Any, max_context_tokens
             f"{url} reads prompts in chunks on a CPU, where vLLM fails on requests with a seed; leave "
             "enable_chunked_prefill out of its server_kwargs, or set seed_requests: false"
         )
+
+
+def check_here(urls: Sequence[str]) -> None:
+    """Raise ``EngineError`` for a server that cannot read what lies in the memory of this machine."""
+    here = {None, "localhost", "0.0.0.0", "::1", socket.gethostname()}
+    for url in urls:
+        host = urlsplit(url).hostname
+        if host not in here and not str(host).startswith("127."):
+            raise EngineError(
+                f"{url} is on another machine and takes new weights as files; set rollout.engine.weights_folder to a "
+                "folder that both see, or start it with --weights_backend nccl"
+            )
 
 
 def request_body(request: Request, max_new_tokens: int, salt: str, seeded: bool) -> dict[str, Any]:
