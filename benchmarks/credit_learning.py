@@ -24,6 +24,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from lit_stepwise.store.read import open_run
+
 KINDS = {
     "standard multi-turn": ["--rollout.samples", "trajectory", "--rollout.advantage", "GroupRelative"],
     "step-wise broadcast": ["--rollout.samples", "step", "--rollout.advantage", "GroupRelative"],
@@ -31,16 +33,20 @@ KINDS = {
     "GiGPO": ["--rollout.samples", "step", "--rollout.advantage", "GiGPO"],
     "StateValueGAE": ["--rollout.samples", "step", "--rollout.advantage", "StateValueGAE"],
 }
+PADDED = {f"{kind}, padded rows": [*KINDS[kind], "--model.packing", "none"] for kind in list(KINDS)[:2]}
+"""What rows cost where nothing that they have in common is shared; only run when ``--kinds`` names them."""
 GRADES = (0, 1, 2, 3)
+SUMS = ("tokens/generated", "tokens/forwarded", "seconds/train", "seconds/play")
 
 
 @dataclass
 class Curve:
-    """One run: greedy accuracy on the validation tasks by step, over all and by look-ups, and tokens generated."""
+    """One run: greedy accuracy on the validation tasks by step, over all and by look-ups, and what all of it took."""
 
     all: dict[int, float] = field(default_factory=dict)
     by_grade: dict[int, dict[int, float]] = field(default_factory=dict)
-    tokens: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
+    """Of a metric over the run, for each of ``SUMS``."""
 
 
 def run(kind: str, seed: int, epochs: int, engine: str, config: str) -> Curve:
@@ -50,7 +56,7 @@ def run(kind: str, seed: int, epochs: int, engine: str, config: str) -> Curve:
         words = [
             "fit", "--config", config, "--rollout.engine", engine, "--seed_everything", str(seed),
             "--trainer.enable_progress_bar", "false", "--trainer.default_root_dir", folder,
-            "--trainer.max_epochs", str(epochs), *KINDS[kind],
+            "--trainer.max_epochs", str(epochs), *(KINDS | PADDED)[kind],
         ]  # fmt: skip
         subprocess.run([str(script), *words], check=True, capture_output=True, text=True)
         return read(Path(folder) / "version_0", Path("data/demo/val.jsonl"))
@@ -60,23 +66,25 @@ def read(folder: Path, tasks: Path) -> Curve:
     """The curve of a finished run."""
     grades = {task["id"]: task["num_lookups"] for task in map(json.loads, tasks.read_text().splitlines())}
     curve = Curve()
-    for file in sorted((folder / "trajectories").glob("evaluate-step*.jsonl")):
-        step = int(file.stem.removeprefix("evaluate-step"))
-        solved: dict[int, list[bool]] = defaultdict(list)
-        for line in file.read_text().splitlines():
-            record = json.loads(line)
-            solved[grades[record["task_id"]]].append(record["success"])
+    query = "select policy_version, task_id, success from trajectories where stage = 'evaluate'"
+    found: dict[int, dict[int, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    for step, task_id, success in open_run(folder).execute(query).fetchall():
+        found[step][grades[task_id]].append(success)
+    for step, solved in sorted(found.items()):
         curve.all[step] = mean(each for grade in solved.values() for each in grade)
         curve.by_grade[step] = {grade: mean(solved[grade]) for grade in GRADES}
     with (folder / "metrics.csv").open() as file:
-        curve.tokens = sum(float(row["tokens/generated"] or 0) for row in csv.DictReader(file))
+        lines = list(csv.DictReader(file))
+    curve.sums = {name: sum(float(line[name] or 0) for line in lines) for name in SUMS}
     return curve
 
 
 def report(curves: dict[str, list[Curve]]) -> None:
     """Means over seeds, with the spread between them."""
     for kind, runs in curves.items():
-        print(f"\n{kind} ({mean(each.tokens for each in runs):,.0f} tokens generated a run)")
+        generated, forwarded, training, playing = (mean(each.sums[name] for each in runs) for name in SUMS)
+        seconds = f"seconds of training {training:.1f}, of play {playing:.1f}"
+        print(f"\n{kind} (a run: {generated:,.0f} tokens generated, {forwarded:,.0f} forwarded; {seconds})")
         print("  step    all  " + "".join(f"{grade} look-ups  " for grade in GRADES) + "seeds")
         for step in runs[0].all:
             parts = "".join(f"{mean(each.by_grade[step][grade] for each in runs):9.1%}   " for grade in GRADES)
@@ -115,7 +123,8 @@ def main() -> None:
     parser.add_argument("--config", default="configs/tiny.yaml")
     parser.add_argument("--engine", default="TransformersEngine")
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS | PADDED)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--plot", type=Path, help="draw what --read holds instead of running anything")
     parser.add_argument("--read", type=Path)
@@ -124,7 +133,7 @@ def main() -> None:
         plot(arguments.read.read_text(), arguments.plot)
         return
     places = [(kind, seed) for seed in arguments.seeds for kind in arguments.kinds]
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(arguments.jobs) as pool:
         runs = pool.map(lambda place: run(*place, arguments.epochs, arguments.engine, arguments.config), places)
         found = dict(zip(places, tqdm(runs, "runs", len(places)), strict=True))
     curves = {kind: [found[kind, seed] for seed in arguments.seeds] for kind in arguments.kinds}

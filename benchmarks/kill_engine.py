@@ -92,7 +92,7 @@ class Run:
 
     def num_iterations(self) -> int:
         """Played so far."""
-        return len(list(self.folder.glob("runs/*/trajectories/train-*.jsonl")))
+        return len(list(self.folder.glob("runs/*/trajectories/train-*.parquet")))
 
     def wait_for_iteration(self, number: int, seconds: float) -> bool:
         """Whether so many were played within that time."""

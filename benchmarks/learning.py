@@ -26,11 +26,11 @@ def run(config: str, engine: str, seed: int, folder: Path) -> tuple[Curve, float
     began = time.monotonic()
     done = subprocess.run([str(script), *words], check=True, capture_output=True, text=True)
     seconds = time.monotonic() - began
-    print(f"seed {seed}: {done.stdout.splitlines()[-1].split('; files')[0]}; whole command {seconds:.0f} s", flush=True)
+    said = "; ".join(line.split(":")[0] for line in done.stdout.splitlines() if line.startswith(("accuracy", "time")))
+    print(f"seed {seed}: {' '.join(said.split())}; whole command {seconds:.0f} s", flush=True)
     with (folder / "version_0" / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["val/accuracy"]]
-    # Lightning numbers steps from 0 and the row before training has no epoch
-    return [(int(row["step"]) + 1 if row["epoch"] else 0, float(row["val/accuracy"])) for row in rows], seconds
+    return [(int(row["step"]), float(row["val/accuracy"])) for row in rows], seconds
 
 
 def plot(curves: dict[int, Curve], title: str, path: Path) -> None:

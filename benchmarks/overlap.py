@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace, seed: int, staleness: int, folder: Path) 
     done = subprocess.run([str(script), *words], check=False, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
-    files = sorted((folder / "version_0" / "trajectories").glob("train-*.jsonl"))
+    files = sorted((folder / "version_0" / "trajectories").glob("train-*.parquet"))
     times = [path.stat().st_mtime for path in files]
     with (folder / "version_0" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
