@@ -6,7 +6,8 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,21 @@ from lit_stepwise.testing import save_tiny_model
 
 ROOT = Path(__file__).parent.parent
 
+LEFT_BEHIND = {"LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED"}
+"""Variables that Lightning sets where it launches, and takes for a launcher's where it finds them: with ``LOCAL_RANK``
+the first rank starts no other and waits for them forever."""
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(autouse=True)
+def environment_of_its_own() -> Iterator[None]:
+    """What a fit in this process leaves in the environment is no other test's affair."""
+    before = {name: value for name, value in os.environ.items() if name in LEFT_BEHIND}
+    yield
+    for name in LEFT_BEHIND:
+        os.environ.pop(name, None)
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
@@ -30,10 +45,20 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def countdown(tiny_model: Path) -> dict[str, Any]:
     """A whole configuration of the Countdown game; two optimizer steps an iteration."""
-    checkpoint = {"every_n_train_steps": 1, "save_last": True, "save_top_k": 1}
+    return _countdown(tiny_model)
+
+
+@pytest.fixture(scope="session")
+def new_countdown(tiny_model: Path) -> Callable[[], dict[str, Any]]:
+    """Makes such configurations."""
+    return partial(_countdown, tiny_model)
+
+
+def _countdown(model: Path) -> dict[str, Any]:
+    checkpoint = {"every_n_train_steps": 1, "save_last": "link", "save_top_k": 1, "enable_version_counter": False}
     return {
         "model": {
-            "model_path": str(tiny_model),
+            "model_path": str(model),
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
         },
         "data": {
@@ -89,24 +114,59 @@ def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureF
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     """Run the console script in ``tmp_path``; a dict becomes ``--config``."""
+    return partial(_run_in, tmp_path)
 
-    def run_it(command: str, config: dict[str, Any] | None = None, *words: str, **kwargs: Any) -> Any:
-        arguments = [command]
-        if config is not None:
-            path = tmp_path / "config.yaml"
-            path.write_text(yaml.safe_dump(config))
-            arguments += ["--config", str(path)]
-        script = Path(sys.executable).with_name("lit-stepwise")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        return subprocess.run(
-            [str(script), *arguments, *words],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-            **kwargs,
+
+@pytest.fixture(scope="session")
+def run_in() -> Run:
+    """The same in a folder that is given first."""
+    return _run_in
+
+
+def _run_in(folder: Path, command: str, config: dict[str, Any] | None = None, *words: str, **kwargs: Any) -> Any:
+    arguments = [command]
+    if config is not None:
+        path = folder / "config.yaml"
+        path.write_text(yaml.safe_dump(config))
+        arguments += ["--config", str(path)]
+    script = Path(sys.executable).with_name("lit-stepwise")
+    return subprocess.run(
+        [str(script), *arguments, *words],
+        cwd=folder,
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        **kwargs,
+    )
+
+
+@pytest.fixture(scope="session")
+def run_ranks() -> Callable[..., None]:
+    """Runs a test's file once for each rank, ``python FILE RANK WORDS...``, and expects these exit codes."""
+    return _run_ranks
+
+
+def _run_ranks(file: str, folder: Path, *words: str, codes: Sequence[int] = (0, 0)) -> None:
+    logs = [(folder / f"{'-'.join([Path(file).stem, *words])}-{rank}.log").open("w+") for rank in range(len(codes))]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, file, str(rank), *words, str(folder)], env=_environment(), stdout=log, stderr=log
         )
+        for rank, log in enumerate(logs)
+    ]
+    try:
+        ended = [rank.wait(timeout=240) for rank in ranks]
+    finally:
+        for rank, log in zip(ranks, logs, strict=True):
+            rank.kill()
+            rank.wait()
+            log.close()
+    assert ended == list(codes), "\n".join(Path(log.name).read_text()[-3000:] for log in logs)
 
-    return run_it
+
+def _environment() -> dict[str, str]:
+    """For a process of its own."""
+    kept = {name: value for name, value in os.environ.items() if name not in LEFT_BEHIND}
+    return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from lit_stepwise import cli
+from lit_stepwise.store.read import open_run
 
 
 def test_help_lists_the_commands_and_unknown_ones_get_the_closest(capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,6 +103,14 @@ WRONG = {
         ["--rollout.engine", "VLLMEngine", "--rollout.engine.tensor_parallel_size", "2"],
         "rollout.engine.tensor_parallel_size=2 does not divide the 1 ranks of the trainer; use one of 1,",
     ),
+    "GPUs that are not there": (
+        ["--trainer.accelerator", "gpu", "--trainer.devices", "16"],
+        "trainer.accelerator=gpu, trainer.devices=16, .*change what does not fit this machine",
+    ),
+    "several machines and no launcher": (
+        ["--trainer.num_nodes", "2"],
+        "trainer.num_nodes=2, but nothing says which .* this is.*torchrun --nnodes 2 .*--nproc_per_node 1.*srun",
+    ),
     "a server that is down": (
         ["--rollout.engine", "VLLMServerEngine", "--rollout.engine.urls", "[http://127.0.0.1:9]"],
         "http://127.0.0.1:9.*lit-stepwise serve",
@@ -119,6 +128,30 @@ def test_what_is_wrong_is_one_line_that_names_it_and_the_way_out(
     (said,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert re.search(message, said), said
     assert not list(tmp_path.glob("runs/**/*.ckpt"))
+
+
+def test_a_model_without_its_tokenizer_is_refused(
+    countdown: dict[str, Any], tiny_model: Path, main: Any, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
+    code, stderr = main("fit", countdown, "--model.model_path", "mute")
+    assert code == 1
+    assert "error: model.model_path='mute' holds no tokenizer; give a folder with a Hugging Face model" in stderr
+
+
+def test_a_job_of_slurm_that_does_not_fit_the_trainer_is_refused(
+    countdown: dict[str, Any], main: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = {"JOB_ID": "1", "JOB_NAME": "test", "NTASKS": "4", "NTASKS_PER_NODE": "4", "NNODES": "1", "PROCID": "0"}
+    for name, value in {**job, "NODEID": "0", "LOCALID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    code, stderr = main("fit", countdown)
+    assert code == 1
+    assert "error: srun started 4 processes, but trainer.num_nodes=1 times trainer.devices=1 are 1;" in stderr
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
+    code, stderr = main("fit", countdown, "--trainer.devices", "4")
+    assert code == 1
+    assert "HINT: Use `--ntasks-per-node=4` instead" in stderr
 
 
 def test_a_misspelt_key_in_a_file_names_the_right_one(countdown: dict[str, Any], main: Any) -> None:
@@ -175,5 +208,6 @@ def test_every_command_that_plays_runs_from_the_checkpoint_of_a_fit(
         done = run("play", countdown, "--split", "test", "--samples_per_task", "3", "--output", "played")
         assert done.returncode == 0, done.stderr
     assert "played 6 trajectories of 2 tasks" in done.stderr
-    lines = (tmp_path / "played-2" / "play.jsonl").read_text().splitlines()  # the first play was not written over
-    assert [json.loads(line)["sample"] for line in lines] == [0, 1, 2, 0, 1, 2]
+    played = open_run(tmp_path / "played-2")  # the first play was not written over
+    samples = played.execute("select sample from trajectories order by group_id, sample").fetchall()
+    assert samples == [(0,), (1,), (2,), (0,), (1,), (2,)]

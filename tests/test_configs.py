@@ -11,6 +11,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+OVERLAYS = sorted((ROOT / "configs/overlays").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -24,6 +25,17 @@ def test_a_config_parses_and_prints_what_it_says(path: Path) -> None:
         check=True,
     )
     assert is_part(yaml.safe_load(path.read_text()), yaml.safe_load(done.stdout))
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.name)
+def test_an_overlay_changes_what_it_says_in_a_recipe_and_its_head_has_the_command(path: Path) -> None:
+    assert f"lit-stepwise fit --config configs/qwen3.yaml --config configs/overlays/{path.name}" in path.read_text()
+    script = Path(sys.executable).with_name("lit-stepwise")
+    words = ["--config", "configs/qwen3.yaml", "--config", str(path), "--print_config"]
+    done = subprocess.run([str(script), "fit", *words], capture_output=True, text=True, cwd=ROOT, check=True)
+    printed = yaml.safe_load(done.stdout)
+    assert is_part(yaml.safe_load(path.read_text()), printed)
+    assert printed["rollout"]["environment"]["init_args"]["style"] == "skyrl"  # which is the recipe's
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

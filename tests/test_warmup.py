@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from lit_stepwise import warmup as room
-from lit_stepwise.rollout.rendering import ChatRenderer
-from lit_stepwise.types import Limits, Message
+from lit_stepwise.types import Limits
 from lit_stepwise.warmup import warmup
 
 MINIATURE = {
@@ -90,44 +89,6 @@ def test_any_text_survives_the_tokenizer(tokenizer):
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_digits_stay_single_so_that_any_number_can_be_copied():
-    tokenizer = room._make_tokenizer([room._Trace([Message("user", "above 1024 " * 99)], [], [])], 400)
-    assert len(tokenizer("above")["input_ids"]) == 1
-    assert len(tokenizer("1024")["input_ids"]) == 4
-
-
-def test_a_trace_is_trained_on_responses_only_in_the_tokens_of_play(tokenizer):
-    renderer = ChatRenderer.of(tokenizer)
-    trace = room._Trace(
-        [Message("user", "How many?")], ["<sql>SELECT 1</sql>", "<solution>SELECT 2</solution>"], ["7", ""]
-    )
-    example = room._encode(renderer, trace)
-    assert tokenizer.decode(example.token_ids) == (
-        "<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n"
-        "<sql>SELECT 1</sql><|im_end|>\n<|im_start|>user\n7<|im_end|>\n<|im_start|>assistant\n"
-        "<solution>SELECT 2</solution>"
-    )
-    learned = [token for token, marked in zip(example.token_ids, example.is_response, strict=True) if marked]
-    assert tokenizer.decode(learned) == "<sql>SELECT 1</sql><solution>SELECT 2</solution>"
-    assert len(example.is_response) == len(example.token_ids)
-
-
-def test_the_loss_is_that_of_the_response_tokens_whatever_the_padding():
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(5)
-    sizes = {"vocab_size": 17, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 8}
-    model = Qwen3ForCausalLM(Qwen3Config(**sizes, num_attention_heads=1, num_key_value_heads=1))
-    short = room._Example([3, 1, 4, 1], [False, False, True, True])
-    long = room._Example([5, 9, 2, 6, 5, 3, 5], [False, True, False, False, True, True, False])
-    expected = 0.0
-    for example in (short, long):
-        logprobs = model(torch.tensor([example.token_ids])).logits[0].log_softmax(-1)
-        for place, token in enumerate(example.token_ids):
-            expected -= logprobs[place - 1, token].item() if example.is_response[place] else 0.0
-    assert room._loss(model, [short, long]).item() == pytest.approx(expected, rel=1e-5)
-
-
 def test_the_model_card_says_how_it_was_made_and_what_it_can_do(saved):
     card = (saved / "README.md").read_text()
     assert f"lit-stepwise warmup --output {saved} --seed 3 --num_steps 4 --batch_size 6" in card
@@ -136,9 +97,9 @@ def test_the_model_card_says_how_it_was_made_and_what_it_can_do(saved):
     assert "{" not in card
 
 
-def test_an_output_that_cannot_be_written_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_played(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(room, "_train", None)
+    monkeypatch.setattr(room, "_play_expert", None)
     with pytest.raises(OSError, match="Not a directory"):
         warmup(os.fspath(tmp_path / "file" / "model"), **MINIATURE)
 

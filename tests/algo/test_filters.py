@@ -271,7 +271,7 @@ ALL = Filters(dynamic_sampling="success", drop_flat_groups=True, mask_overlong=T
 
 def test_everything_that_is_left_out_is_counted_once() -> None:
     assert ALL.selection(PLAYED, CREDITED, groups={8, 5, 2}, num_rounds=3) == Selection(
-        trained=[True, False, False, False, False, False, False, False, False],
+        left_out=["", "uniform", "masked", "flat", "failed", "masked", "uniform", "flat", "masked"],
         rounds=3,
         groups_in=4,
         groups_uniform=1,
@@ -293,7 +293,7 @@ def test_flat_groups_are_counted_but_trained_unless_they_are_to_be_dropped() -> 
 def test_the_default_trains_all_that_did_not_fail() -> None:
     filters = Filters()
     selection = filters.selection(PLAYED, CREDITED, filters.kept_groups(PLAYED))
-    assert selection == Selection([not each.failed for each in PLAYED], 1, 4, 0, 2, 4, 0, 0)
+    assert selection == Selection(["failed" if each.failed else "" for each in PLAYED], 1, 4, 0, 2, 4, 0, 0)
 
 
 def test_the_metrics_have_the_same_names_always() -> None:
@@ -325,7 +325,7 @@ def test_the_order_of_the_trajectories_changes_nothing() -> None:
     assert filters.with_penalties(mixed, 100) == [filters.with_penalties(both, 100)[i] for i in order]
     selection = filters.selection(both, credit, {7, 4, 18, 15})
     assert 0 < sum(selection.trained) < len(both)
-    expected = replace(selection, trained=[selection.trained[i] for i in order])
+    expected = replace(selection, left_out=[selection.left_out[i] for i in order])
     assert filters.selection(mixed, credit_mixed, {7, 4, 18, 15}) == expected
 
 

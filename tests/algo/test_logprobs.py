@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_stepwise.algo.logprobs import likeliest, token_logprobs
@@ -260,6 +262,22 @@ def test_at_most_two_chunks_of_logits_exist_at_a_time(dtype: torch.dtype) -> Non
         assert len(operations.large) == 0  # nothing is kept
         (logprobs - entropies).sum().backward()
     assert operations.most_large == 2
+
+
+def test_a_cpu_widens_a_part_of_what_it_adds_to_the_gradient_of_a_bfloat16_head() -> None:
+    hidden, head = torch.randn(1, 64, dtype=torch.bfloat16), torch.randn(10_000, 64, dtype=torch.bfloat16)
+    logprobs, _ = token_logprobs(hidden, head.requires_grad_(), torch.ones(1, dtype=torch.long), torch.ones(1))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        logprobs.sum().backward()
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted((each.start_ns(), each.nbytes()) for each in events if each.name() == "[memory]")
+    # the gradient, of 4096 rows the product in two bytes and in four, and less than four rows of logits
+    assert max(accumulate(nbytes for _, nbytes in changes)) < 4 * 10_000 * 64 + (2 + 4) * 4096 * 64 + 4 * 4 * 10_000
+    wide = head.detach().double().requires_grad_()
+    all_at_once(hidden.double(), wide, torch.ones(1, dtype=torch.long), torch.ones(1))[0].backward()
+    assert head.grad is not None
+    assert wide.grad is not None
+    assert float((head.grad.double() - wide.grad).norm() / wide.grad.norm()) < 1e-2
 
 
 def test_a_second_derivative_is_refused() -> None:

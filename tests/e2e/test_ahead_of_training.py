@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from lit_stepwise.store.read import open_run, rows_of
 
 pytestmark = pytest.mark.slow
 
@@ -23,8 +24,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def stored(folder: Path, iteration: int) -> list[dict[str, Any]]:
-    (path,) = folder.glob(f"runs/*/trajectories/train-{iteration:06d}.jsonl")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return rows_of(open_run(folder / "runs"), "select * from turns where iteration = ?", iteration)
 
 
 @pytest.mark.parametrize("staleness", [1, 2])
@@ -38,12 +38,7 @@ def test_every_iteration_is_trained_once_and_none_is_older_than_allowed(
     rows = metrics(tmp_path)
     assert len(rows) >= 10
     for iteration in range(5):
-        versions = [
-            span["policy_version"]
-            for trajectory in stored(tmp_path, iteration)
-            for turn in trajectory["turns"]
-            for span in turn["versions"]
-        ]
+        versions = [span["policy_version"] for turn in stored(tmp_path, iteration) for span in turn["versions"]]
         now = 2 * iteration  # two optimizer steps an iteration
         assert max(now - 2 * staleness, 0) <= min(versions) <= max(versions) <= now
     played = [row for row in rows if "rollout/stale_1" in row]
@@ -63,8 +58,8 @@ def test_a_resumed_run_goes_on_with_every_iteration_to_come(
     countdown["trainer"]["max_epochs"] = 4
     done = run("fit", countdown, "--ckpt_path", "last")
     assert done.returncode == 0, done.stderr
-    files = sorted(path.name for path in tmp_path.glob("runs/version_1/trajectories/train-*.jsonl"))
-    assert files == ["train-000002.jsonl", "train-000003.jsonl"]  # the stored samples of iteration 1 were trained
+    files = sorted(path.name for path in tmp_path.glob("runs/version_1/trajectories/train-*.parquet"))
+    assert files == ["train-000002.parquet", "train-000003.parquet"]  # the stored samples of iteration 1 were trained
 
 
 def test_two_ranks_play_ahead_beside_each_others_training(countdown: dict[str, Any], run: Any, tmp_path: Path) -> None:
@@ -73,7 +68,7 @@ def test_two_ranks_play_ahead_beside_each_others_training(countdown: dict[str, A
     countdown["data"]["tasks_per_iteration"] = 4
     done = run("fit", countdown)
     assert done.returncode == 0, done.stderr
-    assert len(list(tmp_path.glob("runs/*/trajectories/train-*.jsonl"))) == 4
-    assert {(each["group"], each["sample"]) for each in stored(tmp_path, 3)} == {
+    assert len(list(tmp_path.glob("runs/*/trajectories/train-*.parquet"))) == 4
+    assert {(each["group_id"], each["sample"]) for each in stored(tmp_path, 3)} == {
         (group, sample) for group in range(4) for sample in range(4)
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lit_stepwise.algo import GroupRelative
 from lit_stepwise.engines import TransformersEngine
 from lit_stepwise.rollout import RolloutCallback
+from lit_stepwise.store.read import open_run, rows_of
 from lit_stepwise.testing import Countdown, CountdownTasks
 from lit_stepwise.training import StepwiseModule, TaskDataModule
 from lit_stepwise.types import Completion, Limits, Request
@@ -29,12 +29,13 @@ def rows(folder: Path) -> list[dict[str, str]]:
     with (folder / "metrics.csv").open() as file:
         for row in csv.DictReader(file):
             steps.setdefault(row["step"], {}).update({name: value for name, value in row.items() if value})
-    return [steps[step] for step in sorted(steps, key=int)]
+    return [steps[step] for step in sorted(steps, key=int) if "train/loss" in steps[step]]
 
 
-def stored_turns(folder: Path, pattern: str) -> list[dict[str, Any]]:
-    lines = [line for path in sorted(folder.glob(pattern)) for line in path.read_text().splitlines()]
-    return [turn for line in lines for turn in json.loads(line)["turns"]]
+def stored_turns(folder: Path) -> list[dict[str, Any]]:
+    """Of training, in order."""
+    query = "select * from turns where stage = 'train' order by iteration, group_id, sample, turn"
+    return rows_of(open_run(folder), query)
 
 
 class Recorder(TransformersEngine):
@@ -75,7 +76,7 @@ def test_the_store_holds_exactly_what_the_engine_read_and_wrote_and_all_of_it_is
     data = TaskDataModule(CountdownTasks(), train_files="4", val_files="2", tasks_per_iteration=3, mini_batches=3)
     trainer.fit(StepwiseModule(str(tiny_model)), datamodule=data)
 
-    turns = stored_turns(tmp_path / "run" / "trajectories", "train-*.jsonl")
+    turns = stored_turns(tmp_path / "run")
     assert sorted(turn["prompt_ids"] + turn["response_ids"] for turn in turns) == sorted(
         [*engine.read[key], *engine.written[key]] for key in engine.read
     )
@@ -106,8 +107,8 @@ def test_two_processes_play_and_learn_like_one(countdown: dict[str, Any], run: A
             if name in alone:
                 assert float(together[name]) == pytest.approx(float(alone[name]), rel=1e-3, abs=1e-4), name
     assert (
-        stored_turns(tmp_path, "one/version_0/trajectories/train-000000.jsonl")[5]["prompt_ids"]
-        == (stored_turns(tmp_path, "two/version_0/trajectories/train-000000.jsonl")[5]["prompt_ids"])
+        stored_turns(tmp_path / "one/version_0")[5]["prompt_ids"]
+        == (stored_turns(tmp_path / "two/version_0")[5]["prompt_ids"])
     )
 
 
@@ -138,13 +139,19 @@ def test_wandb_works_offline_without_a_key(countdown: dict[str, Any], run: Any, 
     done = run("fit", countdown, "--trainer.max_epochs", "1")
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.glob("logs/wandb/offline-run-*/*.wandb"))
+    assert open_run(tmp_path / "runs").execute("select count(distinct iteration) from turns").fetchall() == [(1,)]
 
 
-def test_the_last_line_says_what_was_gained_and_where_the_files_are(countdown: dict[str, Any], run: Any) -> None:
+def test_the_last_lines_say_what_was_gained_and_where_the_files_are(countdown: dict[str, Any], run: Any) -> None:
     done = run("fit", countdown, "--trainer.max_epochs", "1")
-    last = done.stdout.splitlines()[-1]
-    assert "accuracy 66.7% before" in last
-    assert last.endswith("files in runs/version_0")
+    first, _, files, *following = done.stdout.splitlines()[-6:]
+    assert first.startswith("accuracy  66.7% before")
+    assert files == "files     runs/version_0"
+    assert following == [
+        "next      lit-stepwise show runs/version_0",
+        "          lit-stepwise report runs/version_0",
+        "          lit-stepwise export runs/version_0/checkpoints/last.ckpt model/",
+    ]
 
 
 def test_a_run_is_the_same_however_its_samples_are_packed(countdown: dict[str, Any], run: Any, tmp_path: Path) -> None:
@@ -153,7 +160,7 @@ def test_a_run_is_the_same_however_its_samples_are_packed(countdown: dict[str, A
         done = run("fit", countdown, "--model.packing", packing, "--trainer.default_root_dir", packing)
         assert done.returncode == 0, done.stderr
         folder = tmp_path / packing / "version_0"
-        found[packing] = rows(folder), stored_turns(folder, "trajectories/train-*.jsonl")
+        found[packing] = rows(folder), stored_turns(folder)
     metrics, turns = found["tree"]
     assert len(metrics) == 6
     for packing in ("trajectory", "none"):

@@ -12,6 +12,8 @@ import pytest
 import torch
 import yaml
 
+from lit_stepwise.store.read import open_run
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent.parent
@@ -42,6 +44,13 @@ def outcome(folder: Path) -> tuple[int, str, list[str]]:
     return checkpoint["global_step"], digest.hexdigest(), values
 
 
+def learnt(folder: Path) -> list[tuple[Any, ...]]:
+    """What the newest run and those it went on from stored of training: each turn once."""
+    columns = "iteration, group_id, sample, turn, response_ids, advantage, trained_at, trainer_logprobs"
+    query = f"select {columns} from turns where stage = 'train' order by iteration, group_id, sample, turn"
+    return open_run(folder).execute(query).fetchall()
+
+
 def killed_before(step: int, config: dict[str, Any]) -> dict[str, Any]:
     """The same configuration with a callback that kills the run."""
     killer = {"class_path": "kill_before.KillBefore", "init_args": {"step": step}}
@@ -59,6 +68,7 @@ def check_that_a_killed_run_ends_like_one_left_alone(
     resumed = run("fit", config, *words, "--ckpt_path", "last")
     assert resumed.returncode == 0, resumed.stderr
     assert outcome(folder / "runs") == outcome(folder / "alone")
+    assert learnt(folder / "runs") == learnt(folder / "alone")
     assert outcome(folder / "runs")[0] == 6
 
 
@@ -101,4 +111,4 @@ def test_asking_for_the_last_checkpoint_where_there_is_none_starts_afresh_and_sa
 ) -> None:
     done = run("fit", countdown, "--ckpt_path", "last", "--trainer.max_epochs", "1")
     assert done.returncode == 0
-    assert "no last.ckpt below runs, so this is a fresh start" in done.stderr
+    assert "no checkpoint below runs, so this is a fresh start" in done.stderr

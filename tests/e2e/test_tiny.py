@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from lit_stepwise.store.read import open_run, rows_of
 from lit_stepwise.testing import exact_logprobs
 
 ROOT = Path(__file__).parent.parent.parent
@@ -62,12 +62,12 @@ def test_after_each_update_vllm_speaks_with_the_trainers_weights(
         {name.removeprefix("policy.language_model."): value for name, value in checkpoint["state_dict"].items()}
     )
     gaps, same = [], []
-    for line in (folder / "trajectories/evaluate-step000002.jsonl").read_text().splitlines()[:40]:
-        for turn in json.loads(line)["turns"]:
-            logprobs = exact_logprobs(model, turn["prompt_ids"], turn["response_ids"])
-            same += [logprobs.argmax(-1).tolist() == turn["response_ids"]]
-            chosen = logprobs.gather(-1, torch.tensor(turn["response_ids"])[:, None])[:, 0]
-            gaps += (chosen - torch.tensor(turn["rollout_logprobs"])).abs().tolist()
+    query = "select * from turns where phase = 'evaluate-step000002' and group_id < 40"
+    for turn in rows_of(open_run(folder), query):
+        logprobs = exact_logprobs(model, turn["prompt_ids"], turn["response_ids"])
+        same += [logprobs.argmax(-1).tolist() == turn["response_ids"]]
+        chosen = logprobs.gather(-1, torch.tensor(turn["response_ids"])[:, None])[:, 0]
+        gaps += (chosen - torch.tensor(turn["rollout_logprobs"])).abs().tolist()
     assert all(same)
     assert len(same) >= 40
     assert sum(gaps) / len(gaps) < 1e-3

@@ -3,8 +3,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,7 @@ from lit_stepwise.engines.server import supervisor
 from lit_stepwise.engines.server.main import flags, server_settings
 from lit_stepwise.engines.server.process import ServerProcess, expect_running, wait_until_ready
 from lit_stepwise.errors import EngineError
-
-
-def await_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+from tests.waiting import wait_until
 
 
 def test_a_server_is_started_with_what_the_engine_needs() -> None:
@@ -91,9 +83,9 @@ def test_nothing_of_a_command_outlives_it_or_who_asked_for_it(victim: str, tmp_p
         minder = state_of(command)[1]
         try:
             os.kill({"parent": parent.pid, "command": command, "supervisor": minder}[victim], signal.SIGKILL)
-            await_until(lambda: state_of(command)[0] == "gone")
+            wait_until(lambda: state_of(command)[0] == "gone")
             if victim != "supervisor":  # which is all that can see to more than that the command is asked to end
-                await_until(lambda: state_of(minder)[0] == state_of(grandchild)[0] == "gone")
+                wait_until(lambda: state_of(minder)[0] == state_of(grandchild)[0] == "gone")
                 assert not folder.exists()
         finally:
             for each in (minder, command, grandchild, parent.pid):

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import mmap
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,23 +35,10 @@ SHARED = Path("/dev/shm/-tp:0-[0-1]-cpushm_0")  # what vLLM calls the memory tha
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def seen(tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., None]) -> list[dict[str, Any]]:
     folder = save_tiny_model(tmp_path_factory.mktemp("ranks"))
     SHARED.write_bytes(b"left behind by a run that was killed")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    logs = [(folder / f"{rank}.log").open("w+") for rank in range(2)]
-    ranks = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], env=environment, stdout=log, stderr=log)
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        codes = [rank.wait(timeout=120) for rank in ranks]
-    finally:
-        for rank, log in zip(ranks, logs, strict=True):
-            rank.kill()
-            rank.wait()
-            log.close()
-    assert codes == [3, 0], "\n".join((folder / f"{rank}.log").read_text() for rank in range(2))
+    run_ranks(__file__, folder, codes=(3, 0))
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

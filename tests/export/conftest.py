@@ -22,8 +22,8 @@ METRICS = """step,val/accuracy,val/reward,rollout/accuracy,rollout/reward,train/
 0,,,0.4375,0.5625,
 0,,,,,0.1
 2,0.375,0.625,,,
-5,0.5,0.75,,,
-6,0.875,0.9375,,,
+6,0.5,0.75,,,
+7,0.875,0.9375,,,
 """
 
 

@@ -40,8 +40,8 @@ def test_it_says_what_was_measured_last_but_nothing_of_later_weights(card: str, 
     assert f"Weights of `{tmp_path}/base` after 6 optimizer steps of" in card
     rows = re.findall(r"^\| `(.*?)` \| .* \| ([\d.]+) \| (\d+) \|$", card, re.MULTILINE)
     assert rows == [
-        ("val/accuracy", "0.5", "5"),
-        ("val/reward", "0.75", "5"),
+        ("val/accuracy", "0.5", "6"),
+        ("val/reward", "0.75", "6"),
         ("rollout/accuracy", "0.4375", "0"),
         ("rollout/reward", "0.5625", "0"),
     ]

@@ -18,9 +18,9 @@ from lit_stepwise.algo.filters import Selection
 from lit_stepwise.errors import ConfigError, EngineError, MismatchError, StepwiseError
 from lit_stepwise.rollout import RolloutCallback
 from lit_stepwise.rollout.phases import Draw
-from lit_stepwise.rollout.store import read_trajectories
+from lit_stepwise.store.read import open_run, rows_of
 from lit_stepwise.testing import Countdown, CountdownTask, ScriptedEngine
-from lit_stepwise.types import Completion, Evaluation, Limits, Request, Rollout, Sampling, Task, Turn
+from lit_stepwise.types import Completion, Evaluation, Limits, Request, Rollout, Sampling, Task, Trajectory, Turn
 
 
 class FixedPolicy:
@@ -51,10 +51,15 @@ class Listener:
 
     def __init__(self) -> None:
         self.selections: list[Selection] = []
+        self.credit: list[tuple[int, list[tuple[int, int, list[float]]]]] = []
         self.rollouts: list[Rollout] = []
 
-    def on_selection(self, selection: Selection) -> None:
+    def on_selection(
+        self, iteration: int, trajectories: list[Trajectory], advantages: list[list[float]], selection: Selection
+    ) -> None:
         self.selections.append(selection)
+        rows = zip(trajectories, advantages, strict=True)
+        self.credit.append((iteration, [(each.group, each.sample, values) for each, values in rows]))
 
     def on_rollout_end(self, rollout: Rollout) -> None:
         self.rollouts.append(rollout)
@@ -137,6 +142,13 @@ def test_groups_without_a_difference_are_replaced_by_further_tasks_until_there_a
     assert [(each.group, each.sample) for each in rollout.trajectories] == [(g, s) for g in range(4) for s in range(2)]
 
 
+def test_callbacks_hear_what_every_turn_of_an_iteration_was_worth(attached: Any) -> None:
+    callback, listener = attached()
+    callback.collect(4)
+    # group 1: one attempt earns 0.5 and 1.5, the other 1.5
+    assert listener.credit == [(4, [(0, 0, [0.0]), (0, 1, [0.0]), (1, 0, [0.25, 0.25]), (1, 1, [-0.25])])]
+
+
 def test_filling_up_ends_at_its_bound(attached: Any) -> None:
     bound = {"dynamic_sampling": "success", "max_rounds": 2}
     callback, listener = attached(filters=Filters(**bound), num_further=7)
@@ -160,8 +172,16 @@ def test_groups_without_an_advantage_may_be_left_out(attached: Any) -> None:
 def test_the_price_of_leaving_the_reference_is_a_component_of_the_reward(attached: Any, tmp_path: Path) -> None:
     rows = attached(1, price=0.25)[0].collect(3)
     assert [row.reward for row in rows] == [1.5 - 0.25] * 2
-    (first, _) = read_trajectories(tmp_path / "train-000003.jsonl")
-    assert first["turns"][0]["feedback"]["rewards"] == {"shorter": 0.5, "goal": 1.0, "kl": -0.25}
+    (first, _) = rows_of(open_run(tmp_path), "select * from turns where iteration = 3")
+    assert first["rewards"] == {"shorter": 0.5, "goal": 1.0, "kl": -0.25}
+
+
+def test_the_store_says_why_a_trajectory_is_not_trained(attached: Any, tmp_path: Path) -> None:
+    attached(4, filters=Filters(drop_flat_groups=True))[0].collect(0)
+    query = "select distinct group_id, trained, left_out from turns order by group_id"
+    assert open_run(tmp_path).execute(query).fetchall() == [
+        (0, False, "flat"), (1, True, None), (2, False, "flat"), (3, True, None),
+    ]  # fmt: skip
 
 
 def test_length_may_cost(attached: Any) -> None:
@@ -369,10 +389,10 @@ def test_waiting_and_idling_are_measured_between_one_iteration_and_the_next(atta
     for iteration in range(2):
         callback.collect(iteration)
         callback.live.phases.ahead.settle()
-        time.sleep(0.2)
+        time.sleep(0.5)
     first, second = listener.rollouts
     assert (first.cycle_seconds, first.wait_seconds > 0) == (0.0, True)
-    assert second.wait_seconds < 0.15 < 0.2 < second.cycle_seconds
+    assert second.wait_seconds < 0.4 < 0.5 < second.cycle_seconds
 
 
 # ---- the first optimizer step

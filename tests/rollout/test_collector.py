@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from lightning.fabric import Fabric
 
+from lit_stepwise.engines import VLLMServerEngine
 from lit_stepwise.errors import ConfigError, EngineError
-from lit_stepwise.rollout.collector import Collector, Replica
+from lit_stepwise.rollout.collector import Collector, Replica, refuse_far_engines
 from lit_stepwise.rollout.rendering import ChatRenderer
 from lit_stepwise.testing import Countdown, CountdownTask, ScriptedEngine
 from lit_stepwise.types import Completion, Deadlines, Limits, Prepared, Sampling, Task
@@ -88,6 +89,24 @@ def test_a_further_phase_of_an_iteration_counts_its_groups_on(renderer: ChatRend
     ]
 
 
+def test_a_phase_may_take_fewer_turns_than_the_limits_leave(renderer: ChatRenderer) -> None:
+    playing = collector(renderer)
+    playing.limits = Limits(max_prompt_tokens=200, max_context_tokens=300, max_turns=3)
+    num_turns = [
+        len(playing.play(tasks(1), [Sampling()], stage="train", iteration=0, max_turns=most).trajectories[0].turns)
+        for most in (2, None)
+    ]
+    assert num_turns == [2, 3]
+
+
+def test_the_lengths_of_the_prompts_that_were_chosen_are_kept(renderer: ChatRenderer) -> None:
+    given = tasks(7, 12345, 8, 9)
+    playing = collector(renderer, len(collector(renderer).first_prompt(given[0])))
+    playing.choose(given)
+    length = len(playing.first_prompt(given[0]))
+    assert playing.prompt_tokens == {id(given[0]): length, id(given[3]): length}
+
+
 class Ranks:
     """A fabric of several ranks, as seen by one of them."""
 
@@ -139,3 +158,30 @@ def test_an_engine_that_fails_ends_the_phase_but_not_the_run(renderer: ChatRende
     assert rollout.engine_failure == "out of order"
     assert {each.failure for each in rollout.trajectories} == {"the engine failed"}
     assert playing.engine.ended == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "machines", "message"),
+    [
+        (4, [0, 0, 1, 1], "tensor_parallel_size=4 .* ranks 0 to 3 span the machines 0 and 1, .*use one of 1, 2$"),
+        (2, [0, 0, 0, 1, 1, 1], "tensor_parallel_size=2 .* ranks 2 to 3 span the machines 0 and 1, .*use one of 1, 3$"),
+        (2, [0, 1, 0, 1], "ranks 0 to 1 span the machines 0 and 1"),  # as SLURM deals them out in turn
+        (2, [0, 0, 1, 1], None),
+        (3, [0, 0, 0], None),
+    ],
+)
+def test_the_ranks_of_an_engine_are_on_one_machine(size: int, machines: list[int], message: str | None) -> None:
+    engine = ScriptedEngine(lambda request: [5])
+    engine.tensor_parallel_size = size
+    if message is None:
+        refuse_far_engines(engine, machines)
+    else:
+        with pytest.raises(ConfigError, match=message):
+            refuse_far_engines(engine, machines)
+
+
+def test_servers_that_a_run_starts_are_for_one_machine() -> None:
+    refuse_far_engines(VLLMServerEngine(), [0, 0])
+    refuse_far_engines(VLLMServerEngine(urls=["http://node3:8000"]), [0, 0, 1, 2])
+    with pytest.raises(ConfigError, match=r"other 2 of the 3 machines cannot reach.*name them in rollout.engine.urls"):
+        refuse_far_engines(VLLMServerEngine(), [0, 0, 1, 2])

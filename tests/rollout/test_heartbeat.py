@@ -35,9 +35,9 @@ def test_after_another_sign_of_life_silence_is_reported_again(capfd: pytest.Capt
 
 
 def test_it_is_quiet_as_long_as_something_moves(capfd: pytest.CaptureFixture[str]) -> None:
-    heartbeat, none = Heartbeat(0.3), Heartbeat(None)
+    heartbeat, none = Heartbeat(1.0), Heartbeat(None)
     none.beat("playing")
-    for _ in range(12):
+    for _ in range(30):
         heartbeat.beat("playing")
         time.sleep(0.05)
     none.close()

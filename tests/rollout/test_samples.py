@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-
-import pytest
 
 from lit_stepwise.algo import TurnReturn
 from lit_stepwise.rollout.samples import assign_credit, step_samples
-from lit_stepwise.rollout.store import TrajectoryStore, read_trajectories
 from lit_stepwise.types import Feedback, StepSample, StopReason, Trajectory, Turn, VersionSpan
 
 
@@ -110,29 +105,3 @@ def test_token_rewards_are_added_to_the_advantages_of_their_own_tokens() -> None
 def test_a_failed_trajectory_gets_no_credit_and_changes_nobody_elses() -> None:
     advantage = TurnReturn(norm_by_std=False)
     assert assign_credit([SOUND, FAILED, OTHER], advantage) == [[1.5, 1.0], [0.0], [-1.5]]
-
-
-def test_the_store_keeps_what_was_read_and_written(tmp_path: Path) -> None:
-    store = TrajectoryStore(tmp_path / "trajectories")
-    path = store.write("train-000003", [SOUND, FAILED], [[1.5, 1.0], [0.0]])
-    first, second = read_trajectories(path)
-    assert [turn["prompt_ids"] + turn["response_ids"] for turn in first["turns"]] == [[10, 11, 12], [20, 21, 22]]
-    assert [turn["advantage"] for turn in first["turns"]] == [1.5, 1.0]
-    assert (first["reward"], first["stop_reason"], second["failure"]) == (3.0, "done", "disk full")
-    assert first["turns"][1]["feedback"]["rewards"] == {"format": 0.5, "outcome": 1.5}
-
-
-def test_a_crash_while_writing_leaves_the_last_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = TrajectoryStore(tmp_path)
-    path = store.write("play", [SOUND])
-    before = path.read_text()
-
-    def pull_the_plug(*_: object, **__: object) -> str:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(json, "dumps", pull_the_plug)
-    with pytest.raises(KeyboardInterrupt):
-        store.write("play", [OTHER])
-    assert path.read_text() == before
-    monkeypatch.undo()
-    assert read_trajectories(store.write("play", [OTHER])) != [json.loads(before)]

@@ -6,6 +6,7 @@ import threading
 import time
 
 from lit_stepwise.rollout.turnstile import Turnstile
+from tests.waiting import wait_until
 
 
 def test_the_trainer_waits_for_one_call_of_whoever_plays_and_not_for_the_next() -> None:
@@ -15,21 +16,17 @@ def test_the_trainer_waits_for_one_call_of_whoever_plays_and_not_for_the_next() 
         while not stop.is_set():
             with turnstile:
                 log.append("step")
-                time.sleep(0.005)
+                wait_until(lambda: not turnstile._open.is_set() or stop.is_set())  # the trainer comes during a call
 
-    thread = threading.Thread(target=play)
+    thread = threading.Thread(target=play, daemon=True)
     thread.start()
-    time.sleep(0.02)
     for _ in range(20):
-        log.append("wanted")
+        wait_until(lambda: log[-1:] == ["step"])
         with turnstile.first():
             log.append("trainer")
-            time.sleep(0.001)
     stop.set()
     thread.join(5)
-    between = [log[i : log.index("trainer", i)].count("step") for i, what in enumerate(log) if what == "wanted"]
-    assert len(between) == 20
-    assert max(between) <= 1  # one may be about to begin
+    assert log[:40] == ["step", "trainer"] * 20
 
 
 def test_they_are_never_in_at_the_same_time() -> None:

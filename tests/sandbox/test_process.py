@@ -12,6 +12,7 @@ from lit_stepwise.sandbox import pool as pool_of_workers
 from lit_stepwise.sandbox import process
 from lit_stepwise.sandbox.pool import WorkerPool, _Turn
 from lit_stepwise.sandbox.process import Answer, Died, Worker
+from tests.waiting import wait_until
 
 PROGRAM = """
 import json, struct, sys, time
@@ -126,7 +127,7 @@ def test_a_worker_that_stops_in_the_middle_of_its_answer_is_late(worker, monkeyp
 
 
 def test_an_answer_that_began_in_time_may_take_its_time_to_arrive(worker):
-    result, _ = ask(worker, "[[1]]", 1.0, GOOD, timeout_seconds=0.1)
+    result, _ = ask(worker, "[[1]]", 1.5, GOOD, timeout_seconds=0.5)
     assert len(result.rows) == 2
 
 
@@ -134,7 +135,7 @@ def test_an_answer_that_begins_late_is_late(worker):
     began = time.monotonic()
     with pytest.raises(TimeoutError):
         ask(worker, 9.0, GOOD, timeout_seconds=0.1)
-    assert 0.6 <= time.monotonic() - began < 2.0
+    assert 0.6 <= time.monotonic() - began < 8
 
 
 @pytest.mark.parametrize("code", [0, 1])
@@ -192,13 +193,6 @@ def pool():
     pool = WorkerPool(1, ["-I", "-S", "-c", PROGRAM], "Nonsense")
     yield pool
     pool.close()
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.001)
 
 
 def test_a_pool_takes_two_of_nonsense_for_a_statement_that_crashes_workers(pool):
@@ -285,7 +279,7 @@ def test_who_is_interrupted_while_waiting_leaves_the_place_to_others(pool, monke
         assert first.result()[0].status == "ok"
     began = time.monotonic()
     assert pool.run(request(GOOD), 0)[0].rows == ((5, "six"),)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 8
     assert pool.counters.read()["starts"] == 1 + comes_first
 
 

@@ -290,14 +290,14 @@ def test_many_columns_alike_take_no_time():
     def bits(num_rows, shift=0):
         return [[(row * row + column * row + shift) // 3 % 2 for column in range(12)] for row in range(num_rows)]
 
-    start = time.perf_counter()
+    start = time.thread_time()
     equal = table(*[(7,) * 30] * 50)
     assert results_match(equal, Gold(equal), "permuted")
     assert not results_match(table(*[(7,) * 29 + (8,)] * 50), Gold(equal), "permuted")
     assert not results_match(table(*[(7,) * 29 + (8,)] * 50), Gold(equal), "cover")
     reversed_bits = table(*[tuple(reversed(row)) for row in reversed(bits(200))])
     assert results_match(reversed_bits, Gold(table(*map(tuple, bits(200)))), "permuted")
-    assert time.perf_counter() - start < 1.0
+    assert time.thread_time() - start < 1.0
 
 
 def test_a_copy_that_was_compared_before_compares_alike():

@@ -208,7 +208,9 @@ def test_whatever_is_written_comes_to_a_result_and_harms_nothing(executor_class,
             assert result.status in ("ok", "error", "denied", "timeout", "limit"), result
             assert result.seconds < TIMEOUT + GRACE
             if statuses.total() % HEALTH_EVERY == 0:
-                assert executor.execute(world.database, HEALTH).rows == HEALTHY
+                tries = [executor.execute(world.database, HEALTH) for _ in range(3)]
+                sound = [each for each in tries if each.status != "timeout"]  # on a busy machine that time is short
+                assert {each.rows for each in sound} == {HEALTHY}
 
         play()
     print(dict(statuses))

@@ -121,8 +121,15 @@ def run(record, statements):
 def watch_memory(record, ended):
     while not ended.wait(0.02):
         record.parent_mb.append(megabytes(os.getpid(), "VmRSS"))
-        for pid in children():
+        for pid in filter(is_a_program_of_its_own, children()):
             record.worker_mb[pid] = max(record.worker_mb.get(pid, 0), megabytes(pid, "VmHWM"))
+
+
+def is_a_program_of_its_own(pid):
+    """Between fork and exec a child holds, and shows, the memory of these tests."""
+    with suppress(OSError):  # it has just ended
+        return Path(f"/proc/{pid}/cmdline").read_bytes() != Path("/proc/self/cmdline").read_bytes()
+    return False
 
 
 def megabytes(pid, name):

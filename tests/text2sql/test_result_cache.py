@@ -88,7 +88,7 @@ def ask_at_once(cache, runs, number):
         asked = [threads.submit(cache.get_or_run, "key", runs) for _ in range(number)]
         while not runs.num_calls:
             time.sleep(0.001)
-        time.sleep(0.05)  # for the others to wait
+        time.sleep(0.3)  # for the others to wait
         assert runs.num_calls == 1
         runs.first_may_end.set()
         return [one.exception() or one.result() for one in asked]

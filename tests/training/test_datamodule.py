@@ -19,6 +19,12 @@ def data(stage: str = "fit", limit: Any = 1.0, **settings: Any) -> TaskDataModul
     return module
 
 
+def test_a_dry_run_may_leave_samples_untrained() -> None:
+    module = TaskDataModule(CountdownTasks(), train_files="5", tasks_per_iteration=3, mini_batches=3)
+    module.trainer = SimpleNamespace(limit_train_batches=1, fast_dev_run=1)  # type: ignore[assignment]
+    module.setup("fit")
+
+
 def ids(module: TaskDataModule, iteration: int) -> list[str]:
     return [task.task_id for task in module.tasks_for(iteration)]
 
@@ -100,3 +106,52 @@ def test_a_split_without_any_task_left_is_refused_by_name() -> None:
     module = data(val_files="2")
     with pytest.raises(DataError, match=r"data\.val_files=2: none of the 2 tasks can be played"):
         module.keep(module.tasks[:5])
+
+
+# ---- weights
+
+
+def places(module: TaskDataModule, iteration: int, weights: list[float]) -> list[int]:
+    return [module.training_tasks.index(task) for task in module.tasks_for(iteration, weights)]
+
+
+def test_with_a_weight_of_one_each_every_task_has_its_turn_as_without_weights() -> None:
+    module = data(train_files="7")
+    assert [places(module, i, [1.0] * 7) for i in range(9)] == [
+        [module.tasks.index(task) for task in module.tasks_for(i)] for i in range(9)
+    ]
+    assert list(module.further_tasks(2, [1.0] * 7)) == list(module.further_tasks(2))
+
+
+def test_a_task_without_weight_loses_its_turn_to_another_and_the_others_keep_theirs() -> None:
+    module = data(train_files="9")
+    for iteration in range(20):
+        due, played = places(module, iteration, [1.0] * 9), places(module, iteration, [0.0, 0.0, *[1.0] * 7])
+        assert all(new == old for old, new in zip(due, played, strict=True) if old > 1)
+        assert 0 not in played
+        assert 1 not in played
+        assert len(set(played)) == 3
+        further = [module.training_tasks.index(task) for task in module.further_tasks(iteration, [0, 0, *[1.0] * 7])]
+        assert sorted([*played, *further]) == list(range(2, 9))
+
+
+def test_a_task_of_a_quarter_of_the_weight_keeps_every_fourth_turn() -> None:
+    module = data(train_files="8", tasks_per_iteration=1)
+    turns = [i for i in range(3200) if places(module, i, [1.0] * 8) == [3]]
+    kept = [i for i in turns if places(module, i, [1.0, 1.0, 1.0, 0.25, 1.0, 1.0, 1.0, 1.0]) == [3]]
+    assert len(turns) == 400
+    assert len(kept) == pytest.approx(100, abs=27)  # three standard deviations
+
+
+def test_whose_turn_it_is_instead_is_drawn_in_proportion_to_the_weights() -> None:
+    module = data(train_files="3", tasks_per_iteration=1)
+    weights = [0.0, 0.2, 0.8]
+    instead = [places(module, i, weights) for i in range(3000) if places(module, i, [1.0] * 3) == [0]]
+    assert len(instead) == 1000
+    assert instead.count([2]) == pytest.approx(800, abs=38)
+
+
+def test_where_fewer_tasks_have_a_weight_than_an_iteration_plays_some_are_played_twice() -> None:
+    module = data(train_files="9", tasks_per_iteration=5)
+    assert sorted(places(module, 4, [0.0] * 7 + [1.0, 1.0])) in ([7, 7, 7, 8, 8], [7, 7, 8, 8, 8])
+    assert list(module.further_tasks(4, [0.0] * 7 + [1.0, 1.0])) == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lit_stepwise.training.evaluation import EvaluationMetrics, passes
+from lit_stepwise.training.evaluation import EvaluationMetrics, pass_at
 from lit_stepwise.types import Feedback, Rollout, StopReason, Trajectory, Turn, VersionSpan
 
 
@@ -23,7 +23,7 @@ def attempts(group: int, outcomes: str, temperature: float = 0.5, reward: float 
 
 def evaluated(*trajectories: Trajectory) -> dict[str, float]:
     metrics = EvaluationMetrics()
-    metrics.update(Rollout("evaluate", -1, 0, trajectories, play_seconds=1.5))
+    metrics.update(Rollout("evaluate", -1, 0, trajectories, wait_seconds=1.5))
     return metrics.result("val")
 
 
@@ -41,7 +41,7 @@ def evaluated(*trajectories: Trajectory) -> dict[str, float]:
     ],
 )
 def test_pass_at_k_is_the_unbiased_estimate(outcomes: str, expected: dict[int, float]) -> None:
-    assert passes(attempts(0, outcomes)) == pytest.approx(expected)
+    assert pass_at(attempts(0, outcomes)) == pytest.approx(expected)
 
 
 def test_means_are_of_the_greedy_attempts_and_pass_at_k_of_the_drawn_ones() -> None:

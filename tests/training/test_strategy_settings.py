@@ -15,7 +15,7 @@ from torch import nn
 from lit_stepwise.algo import KLPenalty
 from lit_stepwise.errors import ConfigError
 from lit_stepwise.training import FSDP2Strategy, FSDPStrategy, Lora, StepwiseModule
-from lit_stepwise.training.loading import _rows
+from lit_stepwise.training.loading import chunk, part_of
 from lit_stepwise.training.policy_model import PolicyModel
 from lit_stepwise.training.strategies import check_strategy, move_buffers
 
@@ -59,8 +59,13 @@ def test_offloaded_weights_stay_while_buffers_move() -> None:
 
 
 def test_a_rank_fills_what_it_has_all_of() -> None:
-    own, rows = _rows(torch.arange(6.0).reshape(3, 2))
-    assert (len(own), rows) == (3, slice(0, 3))
+    assert part_of(torch.arange(6.0).reshape(3, 2)) == (slice(0, 3), slice(0, 2))
+
+
+def test_parts_are_dealt_out_as_torch_does() -> None:
+    assert [chunk(5, 10, 2, index) for index in range(2)] == [(5, 8), (8, 10)]
+    assert [chunk(0, 3, 4, index) for index in range(4)] == [(0, 1), (1, 2), (2, 3), (3, 3)]
+    assert [chunk(0, 5, 4, index) for index in range(4)] == [(0, 2), (2, 4), (4, 5), (5, 5)]
 
 
 IN_LOSS = KLPenalty(coefficient=0.5, estimator="k2")
@@ -141,9 +146,13 @@ def test_models_that_cannot_compute_activations_again_are_refused(tiny_model: Pa
 
 
 WORDS: dict[str, tuple[tuple[str, ...], int, str]] = {
-    "tensor parallel": (
-        ("--trainer.strategy", "FSDP2Strategy", "--trainer.strategy.tensor_parallel_size", "2"), 2,
-        "Option 'tensor_parallel_size' is not accepted .*; FSDP2Strategy takes cpu_offload, param_dtype, reduce",
+    "tensor parallel where it is not offered": (
+        ("--trainer.strategy", "lit_stepwise.training.FSDPStrategy", "--trainer.strategy.tensor_parallel_size", "2"), 2,
+        "Option 'tensor_parallel_size' is not accepted .*; FSDPStrategy takes param_dtype, reduce",
+    ),
+    "tensor parallel over more ranks than a node has": (
+        ("--trainer.strategy", "FSDP2Strategy", "--trainer.strategy.tensor_parallel_size", "2"), 1,
+        "tensor_parallel_size=2 does not divide trainer.devices=1; use 1",
     ),
     "settings of a name": (
         ("--trainer.strategy", "fsdp2", "--trainer.strategy.cpu_offload", "true"), 2,
