@@ -44,7 +44,7 @@ class Gate:
 
     def __reduce__(self) -> Any:
         self.reached.set()
-        assert self.event.wait(10)
+        assert self.event.wait(60)
         return (OrderedDict, ())
 
 
@@ -80,7 +80,7 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
 def test_what_is_written_meanwhile_is_what_it_was_when_it_was_saved(tmp_path: Path) -> None:
     io, gate, trained = AsyncCheckpointIO(), Gate(), torch.tensor([5.0])
     io.save_checkpoint({"state_dict": {"w": trained}, "gate": gate}, tmp_path / "a.ckpt")
-    assert gate.reached.wait(10)
+    assert gate.reached.wait(60)
     trained += 1
     assert [each.name for each in tmp_path.iterdir()] == ["a.ckpt.part"]
     gate.event.set()
@@ -93,7 +93,7 @@ def test_none_is_deleted_before_its_successor_is_whole(tmp_path: Path) -> None:
     io.save_checkpoint(FIRST, tmp_path / "a.ckpt")
     io.save_checkpoint({**SECOND, "gate": gate}, tmp_path / "b.ckpt")
     io.remove_checkpoint(tmp_path / "a.ckpt")
-    assert gate.reached.wait(10)
+    assert gate.reached.wait(60)
     assert weight(tmp_path / "a.ckpt") == 2.0
     gate.event.set()
     io.teardown()

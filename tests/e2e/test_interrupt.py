@@ -15,7 +15,7 @@ import psutil
 import pytest
 import yaml
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.clock]
 
 GAME = """
 import signal, subprocess, sys, time

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from lit_stepwise.engines import VLLMServerEngine
 from lit_stepwise.errors import EngineError
 from lit_stepwise.testing import exact_logprobs, save_tiny_model
 from lit_stepwise.types import Completion, Request, Sampling, VersionSpan
+from tests.waiting import wait_until
 
 pytestmark = [
     pytest.mark.vllm,
@@ -158,13 +159,6 @@ def shared_memory_of(processes: Iterable[int]) -> set[str]:
     return {line.partition("/dev/shm/")[2] for line in lines if "/dev/shm/" in line and "(deleted)" not in line}
 
 
-def gone_within(seconds: float, condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return condition()
-
-
 def test_logprobs_are_exact_after_every_update(started: VLLMServerEngine, model: Any) -> None:
     for version in range(20):
         change(model, version)
@@ -262,9 +256,10 @@ def test_nothing_is_left_of_a_server_whose_command_was_killed(serving: tuple[str
     running = family(str(tied))
     assert sum("VLLM::" in name for name in running.values()) == 2
     serving[1].kill()
-    assert gone_within(10, lambda: not any(map(name_of, running)))
+    wait_until(lambda: not any(map(name_of, running)))
 
 
+@pytest.mark.clock
 def test_an_engine_starts_servers_of_its_own_and_starts_them_anew_when_they_died(untied: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(untied).eval()
     engine = VLLMServerEngine(server_kwargs={"max_num_seqs": 32})

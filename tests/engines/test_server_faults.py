@@ -21,6 +21,8 @@ from lit_stepwise.errors import ConfigError, EngineError
 from lit_stepwise.types import Completion, Request, Sampling, VersionSpan
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.clock
+
 MAX_CONTEXT = 100
 
 
@@ -520,7 +522,7 @@ def test_ranks_share_the_servers_and_the_first_alone_sends_weights(
     for rank in ranks:
         rank.stdin.write("go on\n")
         rank.stdin.flush()
-    said = [rank.communicate(timeout=60)[0] for rank in ranks]
+    said = [rank.communicate(timeout=240)[0] for rank in ranks]
     assert said[0] == said[1]
     assert f"{servers[1].url} failed: HTTP 500 to /update_weights: full" in said[1]
     assert [rank.returncode for rank in ranks] == [0, 0]

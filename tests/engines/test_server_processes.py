@@ -17,6 +17,8 @@ from lit_stepwise.engines.server.process import ServerProcess, expect_running, w
 from lit_stepwise.errors import EngineError
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.clock
+
 
 def test_a_server_is_started_with_what_the_engine_needs() -> None:
     settings = {

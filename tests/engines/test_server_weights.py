@@ -69,7 +69,7 @@ def test_weights_go_from_gpu_to_gpu_by_vllms_own_trainer(monkeypatch: pytest.Mon
     assert [path for path, _ in calls].count("/start_weight_update") == 1
 
     def gone(self: Recorder, path: str, bodies: Any = None) -> list[Any]:
-        assert stuck.entered.wait(10)
+        assert stuck.entered.wait(60)
         raise EngineError("it is gone")
 
     stuck = Stuck()

@@ -101,7 +101,7 @@ def sharded(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (folder / "log").open("w+") as log:
         process = subprocess.Popen(words, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
-            process.wait(timeout=240)
+            process.wait(timeout=500)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # with the second process

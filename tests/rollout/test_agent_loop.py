@@ -181,7 +181,7 @@ class Gate(Environment, Episode):
     def step(self, response: str) -> Feedback:
         self.turns += 1  # type: ignore[attr-defined]
         if self.name == "goal-1":  # type: ignore[attr-defined]
-            assert self.opened.wait(20), "the other attempt was held up by this one"
+            assert self.opened.wait(60), "the other attempt was held up by this one"
             return Feedback("", done=True)
         if self.turns == 3:  # type: ignore[attr-defined]
             self.opened.set()
@@ -250,7 +250,7 @@ class Hanging(Countdown):
         episode = super().start(task, max_turns)
         if task.goal == 1:  # type: ignore[attr-defined]
             answer = episode.step
-            episode.step = lambda response: answer(response) if self.released.wait(20) else None  # type: ignore[method-assign]
+            episode.step = lambda response: answer(response) if self.released.wait(60) else None  # type: ignore[method-assign]
         return episode
 
 
@@ -262,6 +262,7 @@ def hanging() -> Iterator[Hanging]:
     game.released.set()
 
 
+@pytest.mark.clock
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_an_environment_that_hangs_fails_its_own_trajectory_and_holds_up_no_other(
     tokenizer: Any, renderer: ChatRenderer, hanging: Hanging, deterministic: bool
@@ -290,6 +291,7 @@ def test_what_the_engine_never_answers_is_given_up_when_a_deadline_runs_out(
     assert engine.num_pending == 0
 
 
+@pytest.mark.clock
 def test_a_deadline_of_a_turn_begins_anew_with_every_turn_and_that_of_a_trajectory_does_not(
     tokenizer: Any, renderer: ChatRenderer
 ) -> None:

@@ -52,7 +52,7 @@ def test_closing_starts_nothing_more_and_waits_for_what_is_in_play() -> None:
     played, go_on = [], threading.Event()
 
     def play(iteration: int, drawn: str) -> None:
-        go_on.wait(20)
+        go_on.wait(60)
         played.append(iteration)
 
     ahead = Ahead(str, play)
@@ -70,7 +70,7 @@ def test_what_is_played_is_drawn_by_whoever_starts_it_and_then() -> None:
         threads.append(threading.current_thread())
         return "".join(known)
 
-    ahead = Ahead(draw, lambda iteration, drawn: hold.wait(20) and drawn)
+    ahead = Ahead(draw, lambda iteration, drawn: hold.wait(60) and drawn)
     ahead.start(1)
     known.append("b")
     ahead.start(2)

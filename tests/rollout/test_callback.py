@@ -333,6 +333,7 @@ class Patient(ScriptedEngine):
         return super().step()
 
 
+@pytest.mark.clock
 def test_new_weights_reach_what_is_in_play_and_a_probe_proves_them(attached: Any) -> None:
     engine = Patient()
     callback, listener, version = ahead(attached, engine=engine)
@@ -370,6 +371,7 @@ def test_evaluation_waits_for_what_is_in_play(attached: Any) -> None:
     assert len(callback.collect(1)) == 5
 
 
+@pytest.mark.clock
 def test_closing_ends_what_is_in_play(attached: Any) -> None:
     engine = Patient()
     callback, _, _ = ahead(attached, engine=engine)
@@ -384,6 +386,7 @@ def test_closing_ends_what_is_in_play(attached: Any) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.clock
 def test_waiting_and_idling_are_measured_between_one_iteration_and_the_next(attached: Any) -> None:
     callback, listener, _ = ahead(attached)
     for iteration in range(2):

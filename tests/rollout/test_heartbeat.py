@@ -8,6 +8,8 @@ import pytest
 
 from lit_stepwise.rollout.heartbeat import Heartbeat
 
+pytestmark = pytest.mark.clock
+
 
 def said(capfd: pytest.CaptureFixture[str], heartbeat: Heartbeat, seconds: float) -> str:
     time.sleep(seconds)

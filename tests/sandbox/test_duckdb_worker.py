@@ -22,6 +22,8 @@ from lit_stepwise.sandbox.framing import HEADER, unpack
 from lit_stepwise.sandbox.pool import WorkerPool
 from lit_stepwise.sandbox.worker import Request, answer
 
+pytestmark = pytest.mark.clock
+
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
 ENDLESS = "SELECT sum(a.range * b.range) FROM range(10000000) a, range(10000000) b"
 HANG = "SELECT jaro_similarity(repeat('ab', 4000000), repeat('ba', 4000000))"  # one long call; nothing interrupts it

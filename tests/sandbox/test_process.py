@@ -14,6 +14,8 @@ from lit_stepwise.sandbox.pool import WorkerPool, _Turn
 from lit_stepwise.sandbox.process import Answer, Died, Worker
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.clock
+
 PROGRAM = """
 import json, struct, sys, time
 def say(text, length=None):
@@ -239,7 +241,7 @@ def test_a_worker_that_died_idle_is_no_statements_fault(pool, monkeypatch):
     monkeypatch.setattr(pool_of_workers, "MAX_CRASHES", 1)
     assert pool.run(request(GOOD, 1), 0)[0].status == "ok"  # and ends itself after its answer
     (worker,) = pool._alive
-    worker._process.wait(10)
+    worker._process.wait(60)
     assert pool.run(request(GOOD), 0)[0].status == "ok"
     assert pool.counters.read()["crashes"] == 1
 

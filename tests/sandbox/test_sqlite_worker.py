@@ -11,6 +11,8 @@ from lit_stepwise.sandbox import sqlite_worker
 from lit_stepwise.sandbox.sqlite_worker import SQLiteSystem
 from lit_stepwise.sandbox.worker import Request, answer
 
+pytestmark = pytest.mark.clock
+
 MEMORY_MB = 8192  # its heap limit holds for the whole process, which is that of the tests here
 ENDLESS = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT max(x) FROM c"
 

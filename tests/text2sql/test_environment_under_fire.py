@@ -7,7 +7,6 @@ import random
 import signal
 import sqlite3
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 from lit_stepwise.text2sql.datasets.tasks import SQLTask
 from lit_stepwise.text2sql.environment import Text2SQL
 from lit_stepwise.text2sql.executors import SQLiteExecutor
+from tests.waiting import has_open, wait_until
 
 NUM_TRAJECTORIES = 1000
 
@@ -58,14 +58,13 @@ def test_no_trajectory_is_lost_and_no_reward_is_wrong_while_workers_are_killed(t
     num_kills = 0
 
     def kill_at_random() -> None:
-        """A worker after every few trajectories, whatever it does at that moment; at times both."""
+        """A worker after every few trajectories, at its first statement or a later one; at times both."""
         nonlocal num_kills
-        rng, next_kill, earliest = random.Random(0), 0, 0.0
+        rng, next_kill = random.Random(0), 0
         while not done.wait(0.001):
-            if len(played) >= next_kill and time.monotonic() >= earliest:
+            if len(played) >= next_kill:
                 next_kill = len(played) + rng.randint(5, 35)
-                earliest = time.monotonic() + 0.2  # a worker that is killed at every start is another matter
-                ours = list(set(workers()) - before[0])
+                ours = [pid for pid in set(workers()) - before[0] if has_open(pid, task.database)]
                 for victim in rng.sample(ours, k=min(len(ours), rng.choice((1, 1, 2)))):
                     with suppress(ProcessLookupError):
                         os.kill(victim, signal.SIGKILL)
@@ -108,7 +107,4 @@ def test_no_trajectory_is_lost_and_no_reward_is_wrong_while_workers_are_killed(t
     assert {(rewards["format"], rewards["execution"]) for _, rewards, _ in played} == {(0.0, 0.0)}
     assert stats["ok"] >= 4 * NUM_TRAJECTORIES
     assert stats["crashes"] >= 1
-    deadline = time.monotonic() + 10
-    while (set(workers()), num_files(), num_threads()) != before and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert (set(workers()), num_files(), num_threads()) == before
+    wait_until(lambda: (set(workers()), num_files(), num_threads()) == before)

@@ -25,7 +25,9 @@ from lit_stepwise.errors import ConfigError
 from lit_stepwise.sandbox.pool import MAX_KILLS
 from lit_stepwise.sandbox.sqlite_worker import MAX_CONNECTIONS
 from lit_stepwise.text2sql.executors import DuckDBExecutor, SQLiteExecutor
-from tests.waiting import wait_until
+from tests.waiting import has_open, wait_until
+
+pytestmark = pytest.mark.clock
 
 COUNT_TO = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c {}) SELECT max(x) FROM c"
 SORT_MEGABYTES = (
@@ -333,14 +335,6 @@ def test_a_worker_killed_once_during_a_statement_costs_nothing_but_time(database
         time.sleep(0.1)
         os.kill(*children(), signal.SIGKILL)
         assert answer.result().rows == ((1_500_000,),)
-
-
-def has_open(pid, database):
-    """Whether a worker is at a statement, or was: it keeps a database open."""
-    files = Path(f"/proc/{pid}/fd")
-    with suppress(OSError):
-        return any(os.readlink(file) == str(database) for file in files.iterdir())
-    return False
 
 
 def end_workers(database, how_many, with_signal):

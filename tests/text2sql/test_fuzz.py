@@ -14,6 +14,7 @@ from lit_stepwise.text2sql.executors import DuckDBExecutor, SQLiteExecutor
 CORPUS = Path(__file__).with_name("hostile") / "corpus.jsonl"
 TIMEOUT = 0.25
 GRACE = 1.0  # beyond the timeout, for a statement that has to be killed
+NUM_TRIES = 3  # of which one has to be in time: a pause of the whole machine is no fault of a statement
 HEALTH_EVERY = 50
 NOWHERE = "/nowhere"  # so that the same statements are drawn wherever the tests run
 TOKEN = re.compile(r"\s+|\w+|'[^']*'|\"[^\"]*\"|.", re.DOTALL)
@@ -203,9 +204,12 @@ def test_whatever_is_written_comes_to_a_result_and_harms_nothing(executor_class,
         )
         @given(statements(world.system))
         def play(sql):
-            result = executor.execute(world.database, sql.replace(NOWHERE, str(tmp_path)))
-            statuses[result.status] += 1
-            assert result.status in ("ok", "error", "denied", "timeout", "limit"), result
+            for _ in range(NUM_TRIES):
+                result = executor.execute(world.database, sql.replace(NOWHERE, str(tmp_path)))
+                statuses[result.status] += 1
+                assert result.status in ("ok", "error", "denied", "timeout", "limit"), result
+                if result.seconds < TIMEOUT + GRACE:
+                    break
             assert result.seconds < TIMEOUT + GRACE
             if statuses.total() % HEALTH_EVERY == 0:
                 tries = [executor.execute(world.database, HEALTH) for _ in range(3)]

@@ -11,6 +11,8 @@ from lit_stepwise.text2sql import result_cache
 from lit_stepwise.text2sql.result_cache import ContentHashes, ResultCache
 from lit_stepwise.types import QueryResult
 
+pytestmark = pytest.mark.clock
+
 OK = QueryResult("ok", ("a", "b"), ((1, 2), (3, 4), (5, 6)))
 WEIGHT = 2000 + 3 * 64 + 6 * 40  # of its objects
 
@@ -76,7 +78,7 @@ class Runs:
         self.num_calls += 1
         number = self.num_calls
         if number == 1:
-            assert self.first_may_end.wait(10)
+            assert self.first_may_end.wait(60)
         outcome = self.outcomes[min(number, len(self.outcomes)) - 1]
         if isinstance(outcome, BaseException):
             raise outcome

@@ -111,6 +111,7 @@ def test_what_ends_a_run_is_placed(bar: RolloutProgressBar, capsys: pytest.Captu
     assert capsys.readouterr().out.splitlines()[-1] == "ended at step 2/8, playing 0/5"
 
 
+@pytest.mark.clock
 def test_a_long_silence_in_a_file_is_broken(
     bar: RolloutProgressBar, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
