@@ -117,7 +117,9 @@ class StepwiseCLI(LightningCLI):
 
     def __init__(self, words: list[str]) -> None:
         StepwiseCLI.command = words[0]
-        set_parsing_settings(docstring_parse_attribute_docstrings=True)
+        # what classes say of their settings takes as long to read as all the rest, and --help alone shows it
+        shown = "-h" in words or any("help" in word for word in words)
+        set_parsing_settings(docstring_parse_attribute_docstrings=shown)
         super().__init__(
             StepwiseModule,
             TaskDataModule,

@@ -16,8 +16,10 @@ import yaml
 
 from lit_stepwise import cli
 from lit_stepwise.testing import save_tiny_model
+from tests.warm import WarmPython
 
 ROOT = Path(__file__).parent.parent
+SCRIPT = Path(sys.executable).with_name("lit-stepwise")
 
 LEFT_BEHIND = {"LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED"}
 """Variables that Lightning sets where it launches, and takes for a launcher's where it finds them: with ``LOCAL_RANK``
@@ -118,59 +120,56 @@ def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureF
     return run_it
 
 
+@pytest.fixture(scope="session")
+def warm() -> Iterator[WarmPython]:
+    """Starts scripts without the seconds of their imports."""
+    python = WarmPython(_environment())
+    yield python
+    python.close()
+
+
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run(run_in: Run, tmp_path: Path) -> Run:
     """Run the console script in ``tmp_path``; a dict becomes ``--config``."""
-    return partial(_run_in, tmp_path)
+    return partial(run_in, tmp_path)
 
 
 @pytest.fixture(scope="session")
-def run_in() -> Run:
+def run_in(warm: WarmPython, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The same in a folder that is given first."""
-    return _run_in
+    return partial(_run_in, warm, tmp_path_factory.mktemp("said"))
 
 
-def _run_in(folder: Path, command: str, config: dict[str, Any] | None = None, *words: str, **kwargs: Any) -> Any:
+def _run_in(
+    warm: WarmPython, said: Path, folder: Path, command: str, config: dict[str, Any] | None = None, *words: str
+) -> subprocess.CompletedProcess[str]:
     arguments = [command]
     if config is not None:
         path = folder / "config.yaml"
         path.write_text(yaml.safe_dump(config))
         arguments += ["--config", str(path)]
-    script = Path(sys.executable).with_name("lit-stepwise")
-    return subprocess.run(
-        [str(script), *arguments, *words],
-        cwd=folder,
-        env=_environment(),
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-        **kwargs,
-    )
+    arguments += words
+    out, err = said / "out", said / "err"
+    for file in (out, err):
+        file.write_text("")
+    process = warm.start(SCRIPT, arguments, folder, _environment(), out, err)
+    (code,) = warm.wait([process], 500)
+    return subprocess.CompletedProcess([str(SCRIPT), *arguments], code, out.read_text(), err.read_text())
 
 
 @pytest.fixture(scope="session")
-def run_ranks() -> Callable[..., None]:
+def run_ranks(warm: WarmPython) -> Callable[..., None]:
     """Runs a test's file once for each rank, ``python FILE RANK WORDS...``, and expects these exit codes."""
-    return _run_ranks
+    return partial(_run_ranks, warm)
 
 
-def _run_ranks(file: str, folder: Path, *words: str, codes: Sequence[int] = (0, 0)) -> None:
-    logs = [(folder / f"{'-'.join([Path(file).stem, *words])}-{rank}.log").open("w+") for rank in range(len(codes))]
+def _run_ranks(warm: WarmPython, file: str, folder: Path, *words: str, codes: Sequence[int] = (0, 0)) -> None:
+    logs = [folder / f"{'-'.join([Path(file).stem, *words])}-{rank}.log" for rank in range(len(codes))]
     ranks = [
-        subprocess.Popen(
-            [sys.executable, file, str(rank), *words, str(folder)], env=_environment(), stdout=log, stderr=log
-        )
+        warm.start(Path(file), [str(rank), *words, str(folder)], ROOT, _environment(), log, log)
         for rank, log in enumerate(logs)
     ]
-    try:
-        ended = [rank.wait(timeout=500) for rank in ranks]
-    finally:
-        for rank, log in zip(ranks, logs, strict=True):
-            rank.kill()
-            rank.wait()
-            log.close()
-    assert ended == list(codes), "\n".join(Path(log.name).read_text()[-3000:] for log in logs)
+    assert warm.wait(ranks, 500) == list(codes), "\n".join(log.read_text()[-3000:] for log in logs)
 
 
 def _environment() -> dict[str, str]:

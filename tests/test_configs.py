@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -15,24 +14,16 @@ OVERLAYS = sorted((ROOT / "configs/overlays").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_a_config_parses_and_prints_what_it_says(path: Path) -> None:
-    script = Path(sys.executable).with_name("lit-stepwise")
-    done = subprocess.run(
-        [str(script), "fit", "--config", str(path), "--print_config"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=True,
-    )
+def test_a_config_parses_and_prints_what_it_says(path: Path, run_in: Any) -> None:
+    done = run_in(ROOT, "fit", None, "--config", str(path), "--print_config")
     assert is_part(yaml.safe_load(path.read_text()), yaml.safe_load(done.stdout))
 
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.name)
-def test_an_overlay_changes_what_it_says_in_a_recipe_and_its_head_has_the_command(path: Path) -> None:
+def test_an_overlay_changes_what_it_says_in_a_recipe_and_its_head_has_the_command(path: Path, run_in: Any) -> None:
     assert f"lit-stepwise fit --config configs/qwen3.yaml --config configs/overlays/{path.name}" in path.read_text()
-    script = Path(sys.executable).with_name("lit-stepwise")
     words = ["--config", "configs/qwen3.yaml", "--config", str(path), "--print_config"]
-    done = subprocess.run([str(script), "fit", *words], capture_output=True, text=True, cwd=ROOT, check=True)
+    done = run_in(ROOT, "fit", None, *words)
     printed = yaml.safe_load(done.stdout)
     assert is_part(yaml.safe_load(path.read_text()), printed)
     assert printed["rollout"]["environment"]["init_args"]["style"] == "skyrl"  # which is the recipe's
