@@ -170,9 +170,11 @@ class StepwiseCLI(LightningCLI):
         options = self.config_init[self.command]
         saving = [each for each in self.trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
         folders = [Path(self.trainer.default_root_dir), *(Path(each.dirpath) for each in saving if each.dirpath)]
-        # the Trainer's own, so that hooks know before it is loaded
-        self.trainer.ckpt_path = find_checkpoint(options.ckpt_path, folders, to_train=self.command == "fit")
-        options.ckpt_path = None
+        found = find_checkpoint(options.ckpt_path, folders, to_train=self.command == "fit")
+        if self.command == "play":
+            options.ckpt_path = found
+        else:  # the Trainer's own, so that hooks know before it is loaded
+            self.trainer.ckpt_path, options.ckpt_path = found, None
 
     def instantiate_trainer(self, **kwargs: Any) -> StepwiseTrainer:
         """Add the progress bar, unless there is one, the last lines, and a logger that names the folder of the run."""

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
@@ -17,6 +16,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_stepwise.checkpoints.policy import read_checkpoint
 from lit_stepwise.errors import ConfigError
 from lit_stepwise.rollout.callback import RolloutCallback
 from lit_stepwise.store.write import unused
@@ -56,7 +56,7 @@ class StepwiseTrainer(pl.Trainer):
         samples_per_task: int = 1,
         max_tasks: int | None = None,
         output: str = "runs/play",
-        ckpt_path: str | None = None,
+        ckpt_path: str | Path | None = None,
     ) -> None:
         """Play tasks and write the trajectories, with Fabric alone: no optimizer, no loop, no logger.
 
@@ -67,7 +67,8 @@ class StepwiseTrainer(pl.Trainer):
             samples_per_task: 1 plays as ``rollout.evaluation`` says, more with ``rollout.sampling``.
             max_tasks: the first so many only.
             output: a folder; files of an earlier play are never written over.
-            ckpt_path: weights of a Lightning checkpoint instead of ``model.model_path``.
+            ckpt_path: weights of a checkpoint of ``fit``, a file or a folder of shards, instead of those of
+                ``model.model_path``.
         """
         rollout = next((each for each in self.callbacks if isinstance(each, RolloutCallback)), None)  # type: ignore[attr-defined]
         if rollout is None:
@@ -83,11 +84,8 @@ class StepwiseTrainer(pl.Trainer):
         tasks = datamodule.read(split)[:max_tasks]
         folder = unused(Path(output))
         model.configure_model()
-        if ckpt_path is not None:
-            checkpoint = torch.load(ckpt_path, weights_only=True, map_location="cpu")
-            model.on_load_checkpoint(checkpoint)
-            model.load_state_dict(checkpoint["state_dict"])
-        playable = rollout.attach(fabric, model, tasks, folder)
+        step = 0 if ckpt_path is None else _load(model, Path(ckpt_path))
+        playable = rollout.attach(fabric, model, tasks, folder, policy_version=lambda: step)
         try:
             trajectories = rollout.play(playable, samples_per_task)
         finally:
@@ -98,6 +96,14 @@ class StepwiseTrainer(pl.Trainer):
             f"played {len(trajectories)} trajectories of {len(playable)} tasks: accuracy {accuracy:.1%}, "
             f"reward {reward:.3f}; files in {folder}"
         )
+
+
+def _load(model: StepwiseModule, path: Path) -> int:
+    """Give it the weights of a checkpoint, and return how many optimizer steps these have behind them."""
+    checkpoint = read_checkpoint(path)
+    model.on_load_checkpoint({"state_dict": checkpoint.state_dict})
+    model.load_state_dict(checkpoint.state_dict)
+    return checkpoint.step
 
 
 def check_launcher(trainer: pl.Trainer) -> None:

@@ -204,6 +204,10 @@ def test_every_command_that_plays_runs_from_the_checkpoint_of_a_fit(
         done = run(command, countdown, "--ckpt_path", "last")
         assert done.returncode == 0, done.stderr
         assert "ckpt_path=last: resuming from runs/version_0/checkpoints/last.ckpt" in done.stderr
+    for number in (1, 2, 3):
+        evaluated = open_run(tmp_path / f"runs/version_{number}")
+        assert evaluated.execute("select distinct policy_version from turns").fetchall() == [(2,)]
+        assert evaluated.execute("select distinct step from metrics").fetchall() == [(2,)]
     for _ in range(2):
         done = run("play", countdown, "--split", "test", "--samples_per_task", "3", "--output", "played")
         assert done.returncode == 0, done.stderr
@@ -211,3 +215,26 @@ def test_every_command_that_plays_runs_from_the_checkpoint_of_a_fit(
     played = open_run(tmp_path / "played-2")  # the first play was not written over
     samples = played.execute("select sample from trajectories order by group_id, sample").fetchall()
     assert samples == [(0,), (1,), (2,), (0,), (1,), (2,)]
+
+
+@pytest.mark.slow
+def test_play_takes_the_weights_of_a_checkpoint_be_it_a_file_or_a_folder_of_shards(
+    countdown: dict[str, Any], run: Any, tmp_path: Path
+) -> None:
+    countdown["model"]["optimizer"]["init_args"]["lr"] = 0.05  # so that other weights say something else
+    for strategy in ("auto", "fsdp2"):
+        words = ["--trainer.strategy", strategy, "--trainer.default_root_dir", strategy]
+        fitted = run("fit", countdown, "--trainer.max_epochs", "1", *words)
+        assert fitted.returncode == 0, fitted.stderr
+        assert next(tmp_path.glob(f"{strategy}/**/last.ckpt")).is_dir() == (strategy == "fsdp2")
+        played = run("play", countdown, *words, "--output", f"played-{strategy}", "--ckpt_path", "last")
+        assert played.returncode == 0, played.stderr
+    assert run("play", countdown, "--output", "played-untrained").returncode == 0
+    query = "select policy_version, prompt_ids, response_ids from turns order by group_id, sample, turn"
+    of_file, of_shards, untrained = (
+        open_run(tmp_path / f"played-{name}").execute(query).fetchall() for name in ("auto", "fsdp2", "untrained")
+    )
+    assert of_file == of_shards
+    assert {version for version, *_ in of_file} == {2}
+    assert {version for version, *_ in untrained} == {0}
+    assert [ids for _, *ids in of_file] != [ids for _, *ids in untrained]

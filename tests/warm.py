@@ -2,6 +2,8 @@
 
 Of a run of a tiny model most seconds go into imports, and they are the same each time. What is started here is the same
 script with the same arguments, environment and working directory, in a process of its own that ends as any other does.
+One thing is not as there: all have the same seed for hashes of text, so whether the order of a set decides anything is
+for those tests that start real ones (tests/e2e/test_kills.py, ranks beyond the first).
 """
 
 from __future__ import annotations

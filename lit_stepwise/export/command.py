@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lit_stepwise.checkpoints.policy import Checkpoint, read_checkpoint
 from lit_stepwise.errors import ConfigError
 from lit_stepwise.export.card import METRICS, Provenance
-from lit_stepwise.export.checkpoint import Checkpoint, read_checkpoint
 from lit_stepwise.export.folder import AdapterFormat, Dtype, Export
 from lit_stepwise.export.run import config_in, folder_of, metrics_in
 from lit_stepwise.export.tensors import model_of

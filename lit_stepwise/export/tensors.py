@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_stepwise.checkpoints.policy import Checkpoint
 from lit_stepwise.errors import ConfigError
 from lit_stepwise.export.base import Base
-from lit_stepwise.export.checkpoint import Checkpoint
 from lit_stepwise.training.lora import Lora, adapter_of, weights_of
 
 

@@ -26,9 +26,12 @@ class RolloutCallback(TaskPlayer, pl.Callback):
     """Plays an iteration whenever the train loader asks for one, and validation tasks whenever validation does."""
 
     _resumed_store: str | None = None
+    _loaded_step: int | None = None
+    """``global_step`` of the weights that were loaded, which a Trainer takes over for ``fit`` alone."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check everything that can be checked before a weight is loaded."""
+        self._loaded_step = None
         data = data_of(trainer)
         policy = cast(Policy, pl_module)
         policy.staleness = self.staleness
@@ -40,7 +43,7 @@ class RolloutCallback(TaskPlayer, pl.Callback):
             tasks=data.tasks,
             # a logger that gives each run no folder of its own leaves what earlier ones played there
             folder=unused(folder) if stage == "fit" else folder,
-            policy_version=lambda: trainer.global_step,
+            policy_version=lambda: trainer.global_step if self._loaded_step is None else self._loaded_step,
             draw=lambda iteration: self._draw(data, iteration),
             wanted=lambda iteration: will_train(trainer, iteration),
         )
@@ -117,6 +120,8 @@ class RolloutCallback(TaskPlayer, pl.Callback):
         if trainer.state.fn == TrainerFn.FITTING:
             check_bounds(trainer, checkpoint)
             owe_evaluation(trainer, checkpoint)
+        else:
+            self._loaded_step = checkpoint["global_step"]
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """All of validation counts, not its play alone."""

@@ -123,9 +123,10 @@ def _logged(run: StoredRun) -> str:
         if path.is_file() and path.stat().st_size:
             # a run may be writing its last line
             read = f"read_csv({_quoted(path)}, header=true, all_varchar=true, ignore_errors=true, null_padding=true)"
+            names = "columns(lambda name: name not in ('step', 'epoch'))"  # a mere evaluation has no epoch
             parts.append(
                 f"select try_cast(step as int) as step, name, try_cast(value as double) as value from "
-                f"(unpivot (select * from {read}) on columns(* exclude (step, epoch)) into name name value value) "
+                f"(unpivot (select * from {read}) on {names} into name name value value) "
                 f"where value is not null and try_cast(step as int) < {part.before_step}"
             )
     return " union all ".join(parts)

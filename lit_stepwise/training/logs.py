@@ -31,6 +31,8 @@ class Logs(pl.LightningModule):
         """Seconds since the last iteration was handed over that stand under another name."""
         self._rollout: Rollout | None = None
         self._selection: dict[str, float] = {}
+        self._evaluated = 0
+        """Optimizer steps behind the weights that were evaluated; of a loaded checkpoint the Trainer does not know."""
 
     # ---- training
 
@@ -86,7 +88,7 @@ class Logs(pl.LightningModule):
 
     def validation_step(self, batch: Rollout, batch_idx: int) -> None:
         """Count what was played."""
-        self.evaluation_metrics.update(batch)
+        self._count(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Accuracy and the rest, over all ranks."""
@@ -95,18 +97,22 @@ class Logs(pl.LightningModule):
 
     def test_step(self, batch: Rollout, batch_idx: int) -> None:
         """Count what was played."""
-        self.evaluation_metrics.update(batch)
+        self._count(batch)
 
     def on_test_epoch_end(self) -> None:
         """Accuracy and the rest, over all ranks."""
         self._log_evaluation("test")
+
+    def _count(self, rollout: Rollout) -> None:
+        self.evaluation_metrics.update(rollout)
+        self._evaluated = rollout.policy_version
 
     def _log_evaluation(self, prefix: str) -> dict[str, float]:
         values = self.evaluation_metrics.result(prefix)
         self._spent += values["seconds/evaluate"]
         self.log_dict(values, logger=False, batch_size=1)
         for logger in self.loggers:  # self.log would give them the step before, and those of the sanity check to nobody
-            logger.log_metrics(values, step=self.global_step)
+            logger.log_metrics(values, step=self._evaluated)
             logger.save()
         return values
 

@@ -15,7 +15,7 @@ from lit_stepwise.viewer.screen import safe, sparkline, table_of
 from lit_stepwise.viewer.settings import SHOWN, settings_of
 
 CURVES = (
-    "val/accuracy", "rollout/accuracy", "rollout/reward", "rollout/turns", "rollout/response_tokens",
+    "val/accuracy", "test/accuracy", "rollout/accuracy", "rollout/reward", "rollout/turns", "rollout/response_tokens",
     "rollout/format_errors", "train/entropy", "train/loss", "train/logprob_gap",
 )  # fmt: skip
 TIMES = ("seconds/play", "seconds/sync", "seconds/train", "seconds/evaluate", "seconds/store")

@@ -50,10 +50,10 @@ def with_base(model_path: str) -> Callable[[Path], None]:
 
 WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no such checkpoint": (Path.unlink, "last.ckpt does not exist; give the path of one"),
-    "a file cut off": (cut, "last.ckpt is cut off, or is none at all; give one that is whole"),
-    "an empty file": (lambda path: path.write_bytes(b""), "last.ckpt is cut off, or is none at all"),
-    "a text": (lambda path: path.write_text("hello\n"), "last.ckpt is cut off, or is none at all"),
-    "another thing of torch": (lambda path: torch.save([1], path), "last.ckpt cannot be read; give one that is whole"),
+    "a file cut off": (cut, "last.ckpt is cut off, or no checkpoint at all; give one that is whole"),
+    "an empty file": (lambda path: path.write_bytes(b""), "last.ckpt is cut off, or no checkpoint at all"),
+    "a text": (lambda path: path.write_text("hello\n"), "last.ckpt is cut off, or no checkpoint at all"),
+    "another thing of torch": (lambda path: torch.save([1], path), "last.ckpt cannot be read (AttributeError: "),
     "no policy": (without_a_policy, "last.ckpt holds no policy: no weight in it is called policy.language_model"),
     "no config": (without_a_config, "is beside "),
     "a broken config": (with_a_broken_config, "config.yaml is no configuration of a run: "),
@@ -210,10 +210,10 @@ def test_a_folder_of_shards_gives_the_same_weights_as_a_file(shards: Path, tied_
             Path.unlink,
             "last.ckpt has no meta.pt, so it is half written, or no folder of shards at all; give",
         ),
-        (".metadata", cut, "last.ckpt cannot be read; give one that is whole (UnpicklingError: pickle data was trunc"),
-        ("meta.pt", cut, "last.ckpt cannot be read; give one that is whole (RuntimeError"),
-        ("__0_0.distcp", cut, "last.ckpt cannot be read; give one that is whole ("),
-        ("__0_0.distcp", Path.unlink, "last.ckpt cannot be read; give one that is whole ("),
+        (".metadata", cut, "last.ckpt cannot be read (UnpicklingError: pickle data was truncated); give one"),
+        ("meta.pt", cut, "last.ckpt cannot be read (RuntimeError: "),
+        ("__0_0.distcp", cut, " of its __0_0.distcp; give one that is whole"),
+        ("__0_0.distcp", Path.unlink, "last.ckpt has only 0 bytes of the "),
     ],
 )
 def test_a_folder_of_shards_that_is_not_whole_is_refused(

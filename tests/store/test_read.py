@@ -50,6 +50,14 @@ def test_a_line_that_is_being_written_is_passed_over(run: Path) -> None:
     assert len(ask(run, "select * from metrics")) == 3
 
 
+def test_a_mere_evaluation_has_metrics_though_no_epoch(run: Path) -> None:
+    (run / "metrics.csv").write_text("seconds/evaluate,step,test/accuracy\n1.5,0,0.625\n")
+    assert ask(run, "select * from metrics order by name") == [
+        (0, "seconds/evaluate", 1.5),
+        (0, "test/accuracy", 0.625),
+    ]
+
+
 def test_without_a_csv_logger_the_metrics_come_from_the_store(run: Path) -> None:
     (run / "metrics.csv").unlink()
     found = dict(ask(run, "select name, value from metrics where step = 11 and name <> 'x' order by step limit 99"))
