@@ -32,7 +32,7 @@ from lit_stepwise.errors import ConfigError
 from lit_stepwise.interfaces import Advantage, Engine, Environment, Executor, PolicyLoss, Reward, TaskSource
 from lit_stepwise.loggers import complete, prepare_loggers, with_folders
 from lit_stepwise.rollout.callback import RolloutCallback
-from lit_stepwise.trainer import StepwiseTrainer, check_launcher
+from lit_stepwise.trainer import StepwiseTrainer, check_launcher, check_optimization
 from lit_stepwise.training import FSDPStrategy, RolloutProgressBar, RunSummary, StepwiseModule, TaskDataModule
 from lit_stepwise.training.strategies import check_strategy
 
@@ -184,7 +184,8 @@ class StepwiseCLI(LightningCLI):
         extra: list[Any] = [RunSummary()]
         if config.enable_progress_bar is not False and not any(isinstance(each, ProgressBar) for each in callbacks):
             extra.append(RolloutProgressBar())
-        if config.fast_dev_run:  # Lightning saves none but save_last's, from which --ckpt_path last would then go on
+        # of a dry run Lightning saves none but save_last's, from which --ckpt_path last would then go on
+        if config.fast_dev_run or config.enable_checkpointing is False:
             callbacks = [each for each in callbacks if not isinstance(each, Checkpoint)]
         config.callbacks = [*callbacks, *extra]
         config.logger = complete(config.logger, config.default_root_dir or ".")
@@ -198,6 +199,7 @@ class StepwiseCLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, RuntimeError) as error:
             raise ConfigError(_trainers_reason(str(error), config)) from error
+        check_optimization(trainer)
         check_strategy(trainer)
         check_launcher(trainer)
         assert isinstance(trainer, StepwiseTrainer)
@@ -211,8 +213,11 @@ def _trainers_reason(message: str, config: Any) -> str:
             f"trainer.strategy={config.strategy} is unknown; use auto, ddp, fsdp2 or fsdp, or as class_path: one of "
             "lit_stepwise.training.FSDP2Strategy, lit_stepwise.training.FSDPStrategy, with init_args"
         )
+    message = " ".join(message.split())
+    if not any(word in message.lower() for word in ("accelerator", "device", "strategy", "gpu", "cuda", "install")):
+        return f"the Trainer does not take these settings: {message}"
     given = ", ".join(f"trainer.{name}={getattr(config, name)}" for name in ("accelerator", "devices", "strategy"))
-    return f"{given}: {' '.join(message.split())}; change what does not fit this machine"
+    return f"{given}: {message}; change what does not fit this machine"
 
 
 def run(words: list[str]) -> None:

@@ -13,7 +13,7 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_stepwise.checkpoints.policy import read_checkpoint
@@ -104,6 +104,27 @@ def _load(model: StepwiseModule, path: Path) -> int:
     model.on_load_checkpoint({"state_dict": checkpoint.state_dict})
     model.load_state_dict(checkpoint.state_dict)
     return checkpoint.step
+
+
+def check_optimization(trainer: pl.Trainer) -> None:
+    """Raises ``ConfigError`` for what Lightning does only where it optimizes by itself, and names what does it here."""
+    number = trainer.accumulate_grad_batches
+    given = "" if number == 1 else f"trainer.accumulate_grad_batches={number}"
+    if any(isinstance(each, GradientAccumulationScheduler) for each in trainer.callbacks):  # type: ignore[attr-defined]
+        given = "GradientAccumulationScheduler"
+    if given:
+        raise ConfigError(
+            f"{given} has nothing to add: gradients of all the micro-batches of an optimizer step are summed anyway; "
+            "use model.max_tokens_per_micro_batch for the size of one, and data.tasks_per_iteration with "
+            "data.mini_batches for that of a step"
+        )
+    if trainer.gradient_clip_val is not None:
+        raise ConfigError(
+            f"trainer.gradient_clip_val={trainer.gradient_clip_val} is not for manual optimization; use "
+            f"model.max_grad_norm={trainer.gradient_clip_val}"
+        )
+    if trainer.precision == "64-true":
+        raise ConfigError("trainer.precision=64-true is more than any engine samples with; use 32-true")
 
 
 def check_launcher(trainer: pl.Trainer) -> None:

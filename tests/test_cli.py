@@ -107,6 +107,27 @@ WRONG = {
         ["--trainer.accelerator", "gpu", "--trainer.devices", "16"],
         "trainer.accelerator=gpu, trainer.devices=16, .*change what does not fit this machine",
     ),
+    "one batch again and again": (
+        ["--trainer.overfit_batches", "1"],
+        "trainer.overfit_batches=1 would leave step samples .*lower data.tasks_per_iteration",
+    ),
+    "gradients added up by Lightning": (
+        ["--trainer.accumulate_grad_batches", "4"],
+        "trainer.accumulate_grad_batches=4 has nothing to add: .*use model.max_tokens_per_micro_batch",
+    ),
+    "gradients added up by a callback": (
+        ["--trainer.callbacks+=GradientAccumulationScheduler", "--trainer.callbacks.scheduling", "{1: 3}"],
+        "error: GradientAccumulationScheduler has nothing to add",
+    ),
+    "gradients clipped by Lightning": (
+        ["--trainer.gradient_clip_val", "0.75"],
+        "trainer.gradient_clip_val=0.75 .*use model.max_grad_norm=0.75",
+    ),
+    "settings that exclude each other": (
+        ["--trainer.barebones", "true"],
+        r"error: the Trainer does not take these settings: `Trainer\(barebones=True",
+    ),
+    "more precision than an engine has": (["--trainer.precision", "64-true"], "precision=64-true .*use 32-true"),
     "several machines and no launcher": (
         ["--trainer.num_nodes", "2"],
         "trainer.num_nodes=2, but nothing says which .* this is.*torchrun --nnodes 2 .*--nproc_per_node 1.*srun",
@@ -127,6 +148,14 @@ def test_what_is_wrong_is_one_line_that_names_it_and_the_way_out(
     assert "Traceback" not in stderr
     (said,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert re.search(message, said), said
+    assert not list(tmp_path.glob("runs/**/*.ckpt"))
+
+
+def test_no_checkpoint_is_written_where_none_is_wanted(countdown: dict[str, Any], main: Any, tmp_path: Path) -> None:
+    """Though the configuration has a ModelCheckpoint."""
+    code, stderr = main("fit", countdown, "--trainer.enable_checkpointing", "false", "--trainer.max_epochs", "1")
+    assert code == 0, stderr
+    assert list(tmp_path.glob("runs/**/*.parquet"))
     assert not list(tmp_path.glob("runs/**/*.ckpt"))
 
 

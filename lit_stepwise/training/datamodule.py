@@ -230,8 +230,10 @@ class TaskDataModule(pl.LightningDataModule):
         if getattr(self.trainer, "fast_dev_run", False):
             return  # what it leaves is not for training
         if limit < (1.0 if isinstance(limit, float) else len(self.experience)):
+            # to overfit, Lightning sets the other
+            setting = "overfit_batches" if getattr(self.trainer, "overfit_batches", 0) else "limit_train_batches"
             raise ConfigError(
-                f"trainer.limit_train_batches={limit} would leave step samples of every iteration untrained; lower "
+                f"trainer.{setting}={limit} would leave step samples of every iteration untrained; lower "
                 "data.tasks_per_iteration instead"
             )
 
