@@ -116,7 +116,11 @@ WRONG = {
         "trainer.accumulate_grad_batches=4 has nothing to add: .*use model.max_tokens_per_micro_batch",
     ),
     "gradients added up by a callback": (
-        ["--trainer.callbacks+=GradientAccumulationScheduler", "--trainer.callbacks.scheduling", "{1: 3}"],
+        [
+            "--trainer.callbacks+=lightning.pytorch.callbacks.GradientAccumulationScheduler",
+            "--trainer.callbacks.scheduling",
+            "{1: 3}",
+        ],
         "error: GradientAccumulationScheduler has nothing to add",
     ),
     "gradients clipped by Lightning": (
