@@ -101,8 +101,9 @@ class StepwiseTrainer(pl.Trainer):
 def _load(model: StepwiseModule, path: Path) -> int:
     """Give it the weights of a checkpoint, and return how many optimizer steps these have behind them."""
     checkpoint = read_checkpoint(path)
-    model.on_load_checkpoint({"state_dict": checkpoint.state_dict})
-    model.load_state_dict(checkpoint.state_dict)
+    weights = checkpoint.state_dict
+    model.on_load_checkpoint({"state_dict": weights})  # which says it when they are another model's
+    model.load_state_dict(weights)
     return checkpoint.step
 
 
