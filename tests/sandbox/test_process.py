@@ -14,8 +14,6 @@ from lit_stepwise.sandbox.pool import WorkerPool, _Turn
 from lit_stepwise.sandbox.process import Answer, Died, Worker
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.clock
-
 PROGRAM = """
 import json, struct, sys, time
 def say(text, length=None):
@@ -128,11 +126,13 @@ def test_a_worker_that_stops_in_the_middle_of_its_answer_is_late(worker, monkeyp
         ask(worker, "[[1]]", 9.0)
 
 
+@pytest.mark.clock
 def test_an_answer_that_began_in_time_may_take_its_time_to_arrive(worker):
     result, _ = ask(worker, "[[1]]", 1.5, GOOD, timeout_seconds=0.5)
     assert len(result.rows) == 2
 
 
+@pytest.mark.clock
 def test_an_answer_that_begins_late_is_late(worker):
     began = time.monotonic()
     with pytest.raises(TimeoutError):

@@ -10,8 +10,7 @@ import pytest
 from lit_stepwise.text2sql import result_cache
 from lit_stepwise.text2sql.result_cache import ContentHashes, ResultCache
 from lit_stepwise.types import QueryResult
-
-pytestmark = pytest.mark.clock
+from tests.waiting import wait_until
 
 OK = QueryResult("ok", ("a", "b"), ((1, 2), (3, 4), (5, 6)))
 WEIGHT = 2000 + 3 * 64 + 6 * 40  # of its objects
@@ -88,8 +87,7 @@ class Runs:
 def ask_at_once(cache, runs, number):
     with ThreadPoolExecutor(number) as threads:
         asked = [threads.submit(cache.get_or_run, "key", runs) for _ in range(number)]
-        while not runs.num_calls:
-            time.sleep(0.001)
+        wait_until(lambda: runs.num_calls)
         time.sleep(0.3)  # for the others to wait
         assert runs.num_calls == 1
         runs.first_may_end.set()
@@ -120,8 +118,7 @@ def test_other_keys_do_not_wait():
     runs = Runs(OK)
     with ThreadPoolExecutor(1) as threads:
         held_up = threads.submit(cache.get_or_run, "key", runs)
-        while not runs.num_calls:
-            time.sleep(0.001)
+        wait_until(lambda: runs.num_calls)
         assert cache.get_or_run("other", lambda: (OK, 0)) == (OK, False)
         assert not held_up.done()
         runs.first_may_end.set()
