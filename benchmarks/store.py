@@ -4,7 +4,8 @@ python benchmarks/store.py [--config configs/tiny.yaml] [--engine TransformersEn
 
 Trains once, and reads what the run itself logged: the seconds that it spent writing since the optimizer step before,
 for the turns of the iteration, the trainer's log-probabilities and, every other time, an evaluation. The same turns
-are made JSON lines besides, to compare their size.
+are made JSON lines besides, to compare their size. Then a phase of long prompts, as large databases have them, is written
+without training: 8 tasks, 8 attempts, 6 turns, ids drawn by Zipf's law.
 """
 
 from __future__ import annotations
@@ -14,11 +15,17 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from statistics import mean, median
 
+import numpy as np
+import pyarrow.parquet
+
 from lit_stepwise.store.find import find_run
 from lit_stepwise.store.read import open_run, rows_of
+from lit_stepwise.store.write import StoredPhase, TrajectoryStore
+from lit_stepwise.types import Feedback, StopReason, Trajectory, Turn, VersionSpan
 
 PARTS = ("seconds/play", "seconds/sync", "seconds/train", "seconds/evaluate", "seconds/store")
 
@@ -57,6 +64,44 @@ def report(folder: Path) -> None:
     print(f"      what was learnt from them takes {learnt / 1e6:.2f} MB")
 
 
+def long_prompts() -> list[Trajectory]:
+    """Each turn's prompt is the one before it, its response (300 tokens) and an observation (500)."""
+    draw = np.random.default_rng(0)
+
+    def ids(size: int) -> list[int]:
+        return (draw.zipf(1.2, size) % 150_000).tolist()  # type: ignore[no-any-return]
+
+    played = []
+    for group in range(8):
+        schema = ids(int(draw.integers(2_000, 8_000)))
+        for sample in range(8):
+            turns, prompt = [], schema
+            for _ in range(6):
+                response, logprobs = ids(300), (-draw.exponential(size=300)).tolist()
+                turns.append(Turn(prompt, response, logprobs, [VersionSpan(0, 300)], "", Feedback("")))
+                prompt = [*prompt, *response, *ids(500)]
+            played.append(Trajectory(str(group), group, sample, turns, StopReason.MAX_TURNS))
+    return played
+
+
+def report_long(folder: Path) -> None:
+    played, took = long_prompts(), []
+    for _ in range(3):
+        began = time.perf_counter()
+        path = TrajectoryStore(folder).write(StoredPhase("train", 0, played, 0))
+        took.append(time.perf_counter() - began)
+    lengths = [len(turn.prompt_ids) for each in played for turn in each.turns]
+    print(f"\n{len(lengths)} turns of {min(lengths):,} to {max(lengths):,} prompt tokens: written in {min(took):.2f} s")
+    row_group = pyarrow.parquet.read_metadata(path).row_group(0)
+    sizes = {(c := row_group.column(i)).path_in_schema: c.total_compressed_size for i in range(row_group.num_columns)}
+    for name, leaf, count in (
+        ("prompt_ids", "prompt_ids.list.element", sum(lengths)),
+        ("response_ids", "response_ids.list.element", 300 * len(lengths)),
+        ("rollout_logprobs", "rollout_logprobs.list.element", 300 * len(lengths)),
+    ):
+        print(f"{name:>16} {sizes[leaf] / 1e3:8,.0f} kB, {sizes[leaf] / count:.2f} bytes a token")
+
+
 def main() -> None:
     """Train, and print the shares."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -67,6 +112,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         train(arguments, Path(folder))
         report(Path(folder))
+        report_long(Path(folder) / "long")
 
 
 if __name__ == "__main__":

@@ -60,6 +60,9 @@ TURNS = (
 )
 """A row a turn, in the files of play. A trajectory that failed before its first turn has one row whose turn is null."""
 
+TEXTS = ("prompt", "response", "observation", "failure", "sql", "details")
+"""Columns of free text, of any length."""
+
 LEARNT = (
     Column("iteration", "INTEGER", "of training"),
     Column("group_id", "INTEGER", "as in `turns`, as are the next two"),

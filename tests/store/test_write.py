@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,35 @@ def test_the_files_have_the_columns_of_the_schema(make_store: Any) -> None:
     for name, columns in (("train-000000", TURNS), ("learnt-000000-000007", LEARNT)):
         file = pyarrow.parquet.ParquetFile(store.folder / f"{name}.parquet")
         assert file.schema_arrow.names == [column.name for column in columns]
-        assert file.metadata.row_group(0).column(0).compression == "ZSTD"
+
+
+def test_only_what_may_rule_a_file_out_has_statistics_and_only_texts_are_lz4(make_store: Any) -> None:
+    store = make_store()
+    train(store, 0)
+    row_group = pyarrow.parquet.read_metadata(store.folder / "train-000000.parquet").row_group(0)
+    leaves = {(leaf := row_group.column(i)).path_in_schema: leaf for i in range(row_group.num_columns)}
+    found = {name: (leaf.compression, leaf.has_dictionary_page, leaf.is_stats_set) for name, leaf in leaves.items()}
+    assert found["phase"] == found["iteration"] == found["advantage"] == ("ZSTD", True, True)
+    assert found["prompt"] == found["response"] == found["sql"] == found["details"] == ("LZ4", True, False)
+    lists = {name: each for name, each in found.items() if "." in name}
+    assert set(lists.values()) == {("ZSTD", False, False)}
+    assert {name.split(".")[0] for name in lists} == {
+        "versions", "prompt_ids", "response_ids", "rollout_logprobs", "rewards", "token_advantages"
+    }  # fmt: skip
+
+
+def test_a_prompt_that_holds_the_one_before_it_takes_little_more(make_store: Any) -> None:
+    draw = random.Random(3)
+    sampled, prompts = [0], [[draw.randrange(150_000) for _ in range(4_000)]]
+    for _ in range(5):
+        prompts.append([*prompts[-1], *(draw.randrange(150_000) for _ in range(100))])
+
+    def size(number: int, prompts: list[list[int]]) -> int:
+        turns = [Turn(prompt, sampled, [-0.5], [VersionSpan(0, 1)], "", Feedback("")) for prompt in prompts]
+        store = make_store(number)
+        return int(train(store, 0, [Trajectory("a", 0, 0, turns, StopReason.DONE)]).stat().st_size)
+
+    assert size(1, prompts) < 1.25 * size(0, prompts[-1:])  # they are 5.6 times as many tokens
 
 
 def test_it_says_why_a_trajectory_is_not_trained_even_if_it_has_no_turn(make_store: Any) -> None:
