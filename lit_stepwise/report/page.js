@@ -7,7 +7,7 @@ const COLUMNS = [
   ...(data.runs.length > 1 ? [{ name: "Run", of: (each) => letter(each.run) }] : []),
   { name: "Phase", of: phaseName, by: (each) => each.phase },
   { name: "Task", of: (each) => each.task },
-  { name: "Attempt", of: (each) => each.sample + 1, minor: true, right: true },
+  { name: "Attempt", of: (each) => each.sample, minor: true, right: true },
   { name: "Turns", of: (each) => each.num_turns, right: true },
   { name: "Tokens", of: (each) => each.tokens, minor: true, right: true },
   { name: "Reward", of: (each) => number(each.reward), by: (each) => each.reward, right: true },
@@ -139,7 +139,7 @@ function read(index) {
     each.failure ? make("li", { class: "bad" }, ...visible(each.failure)) : null,
   ];
   byId("reader").replaceChildren(
-    make("header", {}, make("h3", {}, ...visible(each.task)), make("span", { class: "note" }, [letter(each.run) && `run ${letter(each.run)}`, phaseName(each), `attempt ${each.sample + 1}`].filter(Boolean).join(" · ")),
+    make("header", {}, make("h3", {}, ...visible(each.task)), make("span", { class: "note" }, [letter(each.run) && `run ${letter(each.run)}`, phaseName(each), `attempt ${each.sample}`].filter(Boolean).join(" · ")),
       make("span", { class: "steps" }, make("button", { type: "button", class: "back", onclick: () => byId("trajectories").scrollIntoView() }, "List"), step(-1, "Previous"), step(1, "Next"))),
     make("ul", { class: "chips" }, ...facts), ...siblings(each, index), ...choices(each, turns),
     ...(!data.prompts[each.prompt] ? [] : [make("details", { class: "prompt", open: true }, make("summary", {}, "First prompt"), make("div", { class: "said" }, make("pre", { dir: "auto" }, ...visible(data.prompts[each.prompt]))))]),
@@ -153,7 +153,7 @@ function siblings(each, index) {
   const group = data.trajectories.map((other, i) => [other, i]).filter(([other]) => other.run === each.run && other.phase === each.phase && other.group === each.group);
   if (group.length < 2) return [];
   group.sort(([a], [b]) => a.sample - b.sample);
-  const buttons = group.map(([other, i]) => make("button", { type: "button", "aria-current": i === index ? "true" : null, onclick: () => go(i) }, `${other.sample + 1} ${mark(other)} ${number(other.reward)}`));
+  const buttons = group.map(([other, i]) => make("button", { type: "button", "aria-current": i === index ? "true" : null, onclick: () => go(i) }, `${other.sample} ${mark(other)} ${number(other.reward)}`));
   return [make("div", { class: "attempts", role: "group", "aria-label": "attempts at this task" }, make("span", { class: "note" }, "Attempts"), ...buttons)];
 }
 
@@ -181,7 +181,7 @@ function turnOf(each, turn, position) {
   ].filter(Boolean).map((chip) => make("li", { class: /^(cut|no read)/.test(chip) ? "bad" : null }, chip));
   const status = turn.status ? make("span", { class: turn.status === "ok" ? "good" : "bad" }, turn.status) : null;
   const details = Object.entries(turn.details).filter(([name]) => name !== "action").map(([name, value]) => make("li", {}, ...visible(name), " ", ...visible(value)));
-  const element = make("section", { class: "turn", "aria-label": `turn ${position + 1}` }, make("h4", {}, `Turn ${position + 1}`), make("ul", { class: "chips" }, ...rewards, ...chips),
+  const element = make("section", { class: "turn", "aria-label": `turn ${position}` }, make("h4", {}, `Turn ${position}`), make("ul", { class: "chips" }, ...rewards, ...chips),
     make("div", { class: "said model" }, make("span", { class: "who" }, "response"), text, cut),
     turn.sql ? make("div", { class: "said" }, make("span", { class: "who" }, "statement ", status), make("pre", { dir: "auto" }, ...visible(turn.sql)), details.length ? make("ul", { class: "chips" }, ...details) : null) : null,
     turn.observation ? make("div", { class: "said" }, make("span", { class: "who" }, "observation"), make("pre", { dir: "auto" }, ...visible(turn.observation))) : null);
@@ -203,7 +203,7 @@ function tokensIn(text, turn, spans, position) {
     readout(turn, at);
   };
   const under = (event) => { const span = event.target.closest(".token"); if (span) point(Number(span.dataset.i)); };
-  fill(text, { tabindex: 0, role: "group", "aria-label": `response of turn ${position + 1}, ${spans.length} tokens; arrow keys go through them`, onpointerover: under, onclick: under,
+  fill(text, { tabindex: 0, role: "group", "aria-label": `response of turn ${position}, ${spans.length} tokens; arrow keys go through them`, onpointerover: under, onclick: under,
     ...walked(point, () => at, spans.length, () => spans[at].scrollIntoView({ block: "nearest" })) }, spans);
 }
 

@@ -11,7 +11,7 @@ from lit_stepwise.report.charts import MAX_BARS, MAX_POINTS, Chart, Series, orde
 from lit_stepwise.store.read import rows_of
 
 MAX_TURNS = 6
-"""Later turns are counted as this one."""
+"""Of a trajectory; what comes later is counted with the last of them."""
 
 ATTEMPTS = """
 create temp table attempts as
@@ -36,7 +36,7 @@ from turns where stage = 'train' group by x order by x
 
 EARNED = """
 with earned as (
-    select iteration // ? * ? as x, least(turn + 1, ?) as nth, sum(reward) as reward
+    select iteration // ? * ? as x, least(turn, ?) as nth, sum(reward) as reward
     from turns where stage = 'train' and stop_reason <> 'failed' group by x, nth
 ), sizes as (
     select iteration // ? * ? as x, count(*) as number
@@ -46,7 +46,7 @@ select x, nth, reward / number as reward from earned join sizes using (x) order 
 """
 
 DRIFT = """
-select iteration // ? * ? as x, least(turn + 1, ?) as nth, sum(logprob_gap * tokens) / sum(tokens) as gap
+select iteration // ? * ? as x, least(turn, ?) as nth, sum(logprob_gap * tokens) / sum(tokens) as gap
 from (select iteration, turn, logprob_gap, coalesce(len(trainer_logprobs), 1) as tokens from learnt
     where isfinite(logprob_gap)) group by x, nth order by x
 """
@@ -81,7 +81,7 @@ def _groups(connection: Any, width: int) -> Chart:
 
 
 def _earned(connection: Any, width: int) -> Chart:
-    rows = rows_of(connection, EARNED, width, width, MAX_TURNS, width, width)
+    rows = rows_of(connection, EARNED, width, width, MAX_TURNS - 1, width, width)
     layers: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for row in rows:
         layers[row["nth"]].append((row["x"], row["reward"]))
@@ -110,7 +110,7 @@ def _lengths(connection: Any, width: int) -> Chart:
 
 def _drift(connection: Any, width: int) -> Chart:
     layers: dict[int, list[tuple[float, float]]] = defaultdict(list)
-    for row in rows_of(connection, DRIFT, width, width, MAX_TURNS):
+    for row in rows_of(connection, DRIFT, width, width, MAX_TURNS - 1):
         layers[row["nth"]].append((row["x"], row["gap"]))
     note = "The mean by turn. It grows with the turn where prompts are not what the trainer takes them for."
     series = ordered({_turn(turn): layers[turn] for turn in sorted(layers)})
@@ -129,7 +129,8 @@ def _shares(rows: list[dict[str, Any]], key: str) -> dict[Any, list[tuple[float,
 
 
 def _turn(turn: int) -> str:
-    return f"turn {turn}" + " on" * (turn == MAX_TURNS)
+    """By the number that the store, ``show`` and every question to them have it by."""
+    return f"turn {turn}" + " on" * (turn == MAX_TURNS - 1)
 
 
 def _turns_of(number: int) -> str:

@@ -93,7 +93,8 @@ def _drift(turn: dict[str, Any]) -> str:
     gaps = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
     place = gaps.index(max(gaps))
     token = f" (id {turn['response_ids'][place]})" if turn["response_ids"] else ""
-    return f"{said}, at token {place}{token}: engine {number(theirs[place])}, trainer {number(ours[place])}"
+    where = f"at token {place + 1} of {len(gaps)}{token}"
+    return f"{said}, {where}: engine {number(theirs[place])}, trainer {number(ours[place])}"
 
 
 def _tokens(turn: dict[str, Any]) -> str:

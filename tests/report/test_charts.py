@@ -14,6 +14,7 @@ from lit_stepwise.report.run import config_of, facts, tiles, told
 from lit_stepwise.store.find import find_run
 from lit_stepwise.store.read import open_run
 from lit_stepwise.store.write import StoredPhase, TrajectoryStore
+from lit_stepwise.types import Feedback, StopReason, Trajectory, Turn, VersionSpan
 
 
 def connected(folder: Path) -> Any:
@@ -43,11 +44,11 @@ def test_play_is_told_by_group_by_turn_and_by_length(played: Path) -> None:
     assert charts["Groups"] == {"mixed": [(0, 0.5), (1, 0.5)], "too easy": [(0, 0.5), (1, 0.5)]}
     # group 0 earns 1 + i, a quarter of it in its first turn; group 1 earns 0.5 twice; four trajectories
     assert charts["Which turn earned the reward"] == {
-        "turn 1": [(0, (0.25 + 1) / 4), (1, (0.5 + 1) / 4)],
-        "turn 2": [(0, 0.75 / 4), (1, 1.5 / 4)],
+        "turn 0": [(0, (0.25 + 1) / 4), (1, (0.5 + 1) / 4)],
+        "turn 1": [(0, 0.75 / 4), (1, 1.5 / 4)],
     }
     assert charts["Turns"] == {"1 turn": [(0, 0.5), (1, 0.5)], "2 turns": [(0, 0.5), (1, 0.5)]}
-    assert charts["Drift by turn"] == {"turn 1": [(0, 0.125), (1, 0.125)], "turn 2": [(0, 0.25), (1, 0.25)]}
+    assert charts["Drift by turn"] == {"turn 0": [(0, 0.125), (1, 0.125)], "turn 1": [(0, 0.25), (1, 0.25)]}
     assert charts["Response length"]["median"][0] == (0, 6)  # of 4, 4, 5, 7, 8 and many tokens
 
 
@@ -92,6 +93,19 @@ def test_long_runs_are_averaged_and_the_largest_stays_the_largest(played: Path, 
     assert {seconds for _, seconds in waits} == {4.0}
 
 
+def test_turns_after_the_sixth_are_counted_with_it(tmp_path: Path) -> None:
+    turns = [
+        Turn([1], [2], [-0.5], [VersionSpan(7, 1)], "", Feedback("", {"outcome": reward}))
+        for reward in (0.5, 1.0, 0.0, 0.0, 0.0, 2.0, 4.0, 0.25)
+    ]
+    store = TrajectoryStore(tmp_path / "trajectories")
+    store.write(StoredPhase("train", 7, [Trajectory("a", 0, 0, turns, StopReason.DONE)], 3))
+    earned = drawn(tmp_path)["Which turn earned the reward"]
+    assert earned["turn 0"] == [(3, 0.5)]
+    assert list(earned)[-1] == "turn 5 on"
+    assert earned["turn 5 on"] == [(3, 6.25)]
+
+
 def test_bars_of_a_long_run_stand_for_equal_spans_whatever_is_seen_when(tmp_path: Path, attempts: Any) -> None:
     store = TrajectoryStore(tmp_path / "trajectories")
     for i in range(2 * MAX_BARS):  # one group each, solved in every second iteration
@@ -99,7 +113,7 @@ def test_bars_of_a_long_run_stand_for_equal_spans_whatever_is_seen_when(tmp_path
     charts = drawn(tmp_path)
     half = [(2 * i, 0.5) for i in range(MAX_BARS)]
     assert charts["Groups"] == {"too hard": half, "too easy": half}
-    assert charts["Which turn earned the reward"] == {"turn 1": half}
+    assert charts["Which turn earned the reward"] == {"turn 0": half}
 
 
 @pytest.mark.parametrize(

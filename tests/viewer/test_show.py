@@ -197,7 +197,7 @@ def test_a_trajectory_is_told_turn_by_turn(run: Path, look: Look) -> None:
     assert lines_with(first, "reward", "0.5 (outcome 0.5); 4.5 from here on")
     assert lines_with(second, "sql", "select 2")
     assert lines_with(second, "advantage", "1.25")
-    assert lines_with(second, "drift", "4 nats in the mean, 8 at most, at token 1 (id 8)")
+    assert lines_with(second, "drift", "4 nats in the mean, 8 at most, at token 2 of 2 (id 8)")
 
 
 def test_a_task_stands_for_its_newest_trajectory(run: Path, look: Look) -> None:
