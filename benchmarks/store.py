@@ -4,8 +4,8 @@ python benchmarks/store.py [--config configs/tiny.yaml] [--engine TransformersEn
 
 Trains once, and reads what the run itself logged: the seconds that it spent writing since the optimizer step before,
 for the turns of the iteration, the trainer's log-probabilities and, every other time, an evaluation. The same turns
-are made JSON lines besides, to compare their size. Then a phase of long prompts, as large databases have them, is written
-without training: 8 tasks, 8 attempts, 6 turns, ids drawn by Zipf's law.
+are made JSON lines besides, to compare their size. Then a phase of long prompts, as large databases have them, is
+written without training: 8 tasks, 8 attempts, 6 turns, ids drawn by Zipf's law.
 """
 
 from __future__ import annotations
