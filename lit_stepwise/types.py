@@ -388,6 +388,9 @@ class Rollout:
     cycle_seconds: float = 0.0
     """Wall time from the moment that the iteration before was handed to the trainer; 0 for the first and in
     evaluation."""
+    busy_seconds: float | None = None
+    """What of ``cycle_seconds`` the engine was at work, whatever it played; None on ranks whose engine follows
+    another's."""
     num_cached_tokens: int = 0
     """Prompt tokens that came out of the engine's prefix cache."""
     environment_stats: Mapping[str, float] = field(default_factory=dict)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from lightning.fabric import Fabric
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -228,11 +228,14 @@ class TaskPlayer:
         return step_samples(trajectories, advantages, self.samples, selection.trained)
 
     def _hand_over(self, rollout: Rollout, began: float) -> None:
-        now, before = time.perf_counter(), self.live.handed_over
-        cycle = now - before if before is not None else 0.0
-        self.live.handed_over = now
-        rollout = replace(rollout, wait_seconds=now - began, cycle_seconds=cycle)
-        self.live.collector.fabric.call("on_rollout_end", rollout=rollout)
+        collector, before = self.live.collector, self.live.handed_over
+        now = self.live.handed_over = HandOver(time.perf_counter(), collector.turnstile.seconds_played())
+        rollout = replace(rollout, wait_seconds=now.at - began)
+        if before is not None:
+            leads = Replica.of(collector.fabric, self.engine).leads
+            busy = now.seconds_played - before.seconds_played if leads else None
+            rollout = replace(rollout, cycle_seconds=now.at - before.at, busy_seconds=busy)
+        collector.fabric.call("on_rollout_end", rollout=rollout)
         self._turn_to("prepare")
 
     def _turn_to(self, phase: str) -> None:
@@ -302,6 +305,15 @@ class TaskPlayer:
             self.live.store.write(phase)
 
 
+class HandOver(NamedTuple):
+    """An iteration was given to the trainer."""
+
+    at: float
+    """``time.perf_counter``."""
+    seconds_played: float
+    """Of the turnstile, up to then."""
+
+
 @dataclass(slots=True)
 class _Live:
     """What exists only while the callback is attached."""
@@ -313,8 +325,8 @@ class _Live:
     heartbeat: Heartbeat
     proven: bool = False
     """The first optimizer step saw that engine and trainer agree."""
-    handed_over: float | None = None
-    """When the last iteration was given to the trainer."""
+    handed_over: HandOver | None = None
+    """Of the last iteration."""
 
 
 def _report_failures(trajectories: Sequence[Trajectory], iteration: int) -> None:

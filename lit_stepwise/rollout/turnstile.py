@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,13 +24,21 @@ class Turnstile:
         """Play is to end: nobody wants what it brings any more."""
         self.stash: list[Completion] = []
         """What was finished while the trainer used the engine, for whoever plays."""
+        self._played: tuple[float, float | None] = (0.0, None)  # seconds up to now, and when who is inside came
 
     def __enter__(self) -> None:
         self._open.wait()
         self._lock.acquire()
+        self._played = (self._played[0], time.perf_counter())
 
     def __exit__(self, *exception: object) -> None:
+        self._played = (self.seconds_played(), None)
         self._lock.release()
+
+    def seconds_played(self) -> float:
+        """Time up to now that who plays was inside, whatever the phase."""
+        seconds, came = self._played
+        return seconds + (time.perf_counter() - came if came is not None else 0.0)
 
     @contextmanager
     def first(self) -> Iterator[None]:

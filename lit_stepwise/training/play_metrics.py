@@ -85,7 +85,8 @@ class RolloutMetrics(nn.Module):
             self.seconds.update(name, seconds)
         if rollout.cycle_seconds > 0:
             self.idle.update("trainer", rollout.wait_seconds / rollout.cycle_seconds)
-            self.idle.update("engine", 1 - rollout.engine_seconds / rollout.cycle_seconds)
+        if rollout.busy_seconds is not None:
+            self.idle.update("engine", 1 - rollout.busy_seconds / rollout.cycle_seconds)
         self.tokens.update("generated", rollout.num_generated_tokens)
         self.tokens.update("cached", rollout.num_cached_tokens)
         for name, amount in rollout.environment_stats.items():

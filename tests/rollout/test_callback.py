@@ -296,7 +296,8 @@ def test_a_run_all_of_whose_trajectories_fail_ends_with_the_commonest_reason(att
 
 def ahead(attached: Any, **settings: Any) -> tuple[RolloutCallback, Listener, list[int]]:
     version = [0]
-    callback, listener = attached(staleness=1, deterministic=False, version=lambda: version[0], **settings)
+    settings = {"staleness": 1} | settings
+    callback, listener = attached(deterministic=False, version=lambda: version[0], **settings)
     return callback, listener, version
 
 
@@ -396,6 +397,17 @@ def test_waiting_and_idling_are_measured_between_one_iteration_and_the_next(atta
     first, second = listener.rollouts
     assert (first.cycle_seconds, first.wait_seconds > 0) == (0.0, True)
     assert second.wait_seconds < 0.4 < 0.5 < second.cycle_seconds
+
+
+def test_the_engines_work_counts_where_it_was_done_and_not_where_it_is_handed_over(attached: Any) -> None:
+    callback, listener, _ = ahead(attached, staleness=2)
+    for iteration in range(3):
+        callback.collect(iteration)
+        callback.live.phases.ahead.settle()  # at first of both that follow
+    first, second, third = listener.rollouts
+    assert first.busy_seconds is None
+    assert second.busy_seconds >= second.engine_seconds + third.engine_seconds
+    assert 0 < third.busy_seconds <= third.cycle_seconds
 
 
 # ---- the first optimizer step

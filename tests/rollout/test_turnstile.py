@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 
+import pytest
+
 from lit_stepwise.rollout.turnstile import Turnstile
 from tests.waiting import wait_until
 
@@ -27,6 +29,25 @@ def test_the_trainer_waits_for_one_call_of_whoever_plays_and_not_for_the_next() 
     stop.set()
     thread.join(60)
     assert log[:40] == ["step", "trainer"] * 20
+
+
+def test_the_time_of_play_is_known_while_it_lasts_and_that_of_the_trainer_is_not_in_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    turnstile, now = Turnstile(), 1.0
+    monkeypatch.setattr("lit_stepwise.rollout.turnstile.time.perf_counter", lambda: now)
+    assert turnstile.seconds_played() == 0.0
+    with turnstile:
+        now = 3.0
+        assert turnstile.seconds_played() == 2.0
+        now = 3.5
+    now = 5.0
+    assert turnstile.seconds_played() == 2.5
+    with turnstile.first():
+        now = 10.0
+    with turnstile:
+        now = 10.25
+        assert turnstile.seconds_played() == 2.75
 
 
 def test_they_are_never_in_at_the_same_time() -> None:

@@ -40,7 +40,7 @@ def test_everything_of_an_iterations_play() -> None:
     ]
     rollout = Rollout(
         "train", 3, 7, trajectories, engine_seconds=1.5, environment_seconds=2.5, sync_seconds=0.25, play_seconds=3.5,
-        wait_seconds=0.5, cycle_seconds=8.0, num_cached_tokens=6,
+        wait_seconds=0.5, cycle_seconds=8.0, busy_seconds=3.0, num_cached_tokens=6,
         environment_stats={"kills": 2.0, "queue_seconds": 0.75},
     )  # fmt: skip
     metrics = RolloutMetrics()
@@ -71,7 +71,7 @@ def test_everything_of_an_iterations_play() -> None:
             "seconds/play": 3.5,
             "seconds/wait": 0.5,
             "idle/trainer": 0.5 / 8,
-            "idle/engine": 6.5 / 8,
+            "idle/engine": 5 / 8,
             "tokens/generated": 29.0,
             "tokens/cached": 6.0,
             "environment/kills": 2.0,

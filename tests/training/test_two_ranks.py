@@ -93,6 +93,7 @@ def measured(rank: int) -> list[dict[str, float]]:
     play = RolloutMetrics()
     played = [attempt(0, True, 1.0, VersionSpan(6, 3), VersionSpan(4, 1), goal=0.75)] if rank == 0 else []
     seconds = {"engine_seconds": 1.0 + rank, "wait_seconds": 0.5 - rank / 4, "cycle_seconds": 4.0}
+    seconds |= {"busy_seconds": 0.5} if rank == 0 else {}  # the engine of the other follows
     for trajectories in (played, [attempt(0, False, 1.0, VersionSpan(6, 2), extra=0.25)] if rank == 1 else []):
         play.update(Rollout("train", 0, 6, trajectories, **seconds), began=6, num_steps=2, max_age=1)
         found.append(play.result())
@@ -140,7 +141,7 @@ def check_what_was_measured(*found: dict[str, float]) -> None:
     expected = {
         "rollout/reward": 0.75, "rollout/reward_goal": 0.75, "rollout/accuracy": 1.0, "rollout/staleness": 2 * 1 / 4,
         "rollout/staleness_max": 2.0, "rollout/stale_0": 3 / 4, "rollout/stale_1": 1 / 4, "seconds/engine": 1.5,
-        "idle/trainer": (0.5 + 0.25) / 8, "idle/engine": (3 + 2) / 8, "tokens/generated": 4.0,
+        "idle/trainer": (0.5 + 0.25) / 8, "idle/engine": 3.5 / 4, "tokens/generated": 4.0,
     }  # fmt: skip
     assert {name: play[name] for name in expected} == pytest.approx(expected)
     assert later_play["rollout/reward_extra"] == 0.25
