@@ -42,6 +42,7 @@ COMMANDS = {
     "show --where 'advantage > 1.9'": ["show", "--where", "advantage > 1.9"],
     "show --task task-17": ["show", "--task", "task-17"],
     "show --sql": ["show", "--sql", "select stage, count(*) from turns group by all"],
+    "report": ["report"],
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain, zip_longest
 from typing import Any
 
@@ -33,7 +33,7 @@ order by place, (iteration is not null and iteration not in (first, last)), hash
 first, the last, and some iterations between."""
 
 
-def choose(connection: Any, changed: dict[str, Any], most: int) -> Iterator[Key]:
+def choose(connection: Any, changed: dict[str, Any], most: int) -> list[Key]:
     """At most ``most`` trajectories, those to keep first, in turn of the last evaluation and of training.
 
     Args:
@@ -47,5 +47,4 @@ def choose(connection: Any, changed: dict[str, Any], most: int) -> Iterator[Key]
     evaluated = connection.execute(EVALUATED, asked).fetchall()
     played = connection.execute(PLAYED, (most,)).fetchall()
     both = chain.from_iterable(zip_longest(evaluated, played))
-    kept = (key for key in both if key is not None)
-    return (key for _, key in zip(range(most), kept, strict=False))
+    return [key for key in both if key is not None][:most]

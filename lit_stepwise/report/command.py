@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tqdm import tqdm
+
 from lit_stepwise.errors import ConfigError
 from lit_stepwise.report.browse import Album
 from lit_stepwise.report.charts import Chart, overlay
@@ -91,11 +93,13 @@ def _look_at(
     """What the head of the page says of a run, and its charts; its trajectories go into ``album``."""
     config = config_of(run)
     tokenizer, why_not = load_tokenizer(section(config, "model").get("model_path"))
-    with open_run(run) as connection:
+    with open_run(run, many_questions=True) as connection:
         connection.execute(ATTEMPTS)
         tasks = tasks_changed(connection)
         before = len(album.trajectories)
-        album.add(connection, index, choose(connection, tasks, max_trajectories), tokenizer, max_bytes)
+        chosen = choose(connection, tasks, max_trajectories)
+        bar = tqdm(chosen, "reading", unit=" trajectories", delay=2, leave=False)
+        album.add(connection, index, bar, tokenizer, max_bytes)
         (total,) = connection.execute("select count(*) from attempts").fetchone()
         head = {
             "name": name_of(run),

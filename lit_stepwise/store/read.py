@@ -71,6 +71,7 @@ def open_run(run: str | Path | StoredRun, many_questions: bool = False) -> Any:
     found = run if isinstance(run, StoredRun) else find_run(run)
     connection = duckdb.connect()
     connection.execute("set parquet_metadata_cache=true")  # a file never changes, and every question reads all footers
+    connection.execute("set dynamic_or_filter_threshold=200")  # a join with so few iterations reads their files alone
     played = _union(found, "play", TURNS)
     learnt = _union(found, "learnt", LEARNT)
     adds = ", ".join(f"learnt.{name}" for name in LEARNT_ADDS)
