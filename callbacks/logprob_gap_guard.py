@@ -81,7 +81,7 @@ class LogprobGapGuard(pl.Callback):
 
     def _act(self, trainer: pl.Trainer, gap: float) -> None:
         said = (
-            f"train/logprob_gap={gap:.4f} at step {trainer.global_step} is above max_gap={self.max_gap} for "
+            f"train/logprob_gap={gap:.4g} at step {trainer.global_step} is above max_gap={self.max_gap} for "
             f"{self.num_bad_steps} steps"
         )
         if self.action == "lower_lr" and self.num_lowerings < self.max_lowerings:

@@ -47,11 +47,14 @@ def _lengths(connections: tuple[Any, Any]) -> Table:
     query = """
         with phases as (
             select stage, max_by(phase, policy_version) as phase from trajectories group by stage
+        ), played as (
+            select * from trajectories semi join phases using (stage, phase)
+            where stop_reason <> 'failed'
+            qualify stage <> 'evaluate' or temperature = min(temperature) over (partition by stage)
         )
-        select stage || ', newest', avg(num_turns), avg(num_response_tokens / nullif(num_turns, 0)),
+        select stage || ', newest', avg(num_turns), sum(num_response_tokens) / nullif(sum(num_turns), 0),
             avg(num_response_tokens)
-        from trajectories semi join phases using (stage, phase) where stop_reason <> 'failed'
-        group by stage order by stage desc"""
+        from played group by stage order by stage desc"""
     ours, theirs = ({row[0]: row[1:] for row in ask(connection, query)[1]} for connection in connections)
     names = ("turns", "response tokens a turn", "response tokens a trajectory")
     rows = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ CURVES = (
     "val/accuracy", "test/accuracy", "rollout/accuracy", "rollout/reward", "rollout/turns", "rollout/response_tokens",
     "rollout/format_errors", "train/entropy", "train/loss", "train/logprob_gap",
 )  # fmt: skip
-TIMES = ("seconds/play", "seconds/sync", "seconds/train", "seconds/evaluate", "seconds/store")
+TIMES = ("seconds/play", "seconds/wait", "seconds/sync", "seconds/train", "seconds/evaluate", "seconds/store")
 
 
 def show_overview(console: Console, run: StoredRun, connection: Any) -> None:
@@ -74,6 +75,10 @@ def _times(found: dict[str, list[float]]) -> Table | None:
     totals = {name: sum(found[name]) for name in TIMES if name in found}
     if not totals:
         return None
+    played, waited = totals.get("seconds/play", 0.0), totals.pop("seconds/wait", math.inf)
+    if waited < 0.9 * played:  # play went on beside training; the sync is in what the trainer waited
+        del totals["seconds/play"]
+        totals = {"seconds/wait": max(waited - totals.get("seconds/sync", 0.0), 0.0)} | totals
     everything = sum(totals.values())
     rows = [(name, totals[name], f"{totals[name] / everything:.0%}") for name in totals]
     return table_of(("time", "seconds", "share"), rows)

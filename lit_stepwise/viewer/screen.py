@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
-from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -17,7 +16,10 @@ from rich.text import Text
 Format = Literal["table", "csv", "json"]
 
 _WIDTH_OF_A_PIPE = 140
-_FIXED_WIDTH = 100
+_GAP = 2
+"""Between columns."""
+_LEAST = 8
+"""Cells of a column, below which a table says nothing any more."""
 _BARS = "▁▂▃▄▅▆▇█"
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 """Categories of characters that move the cursor, turn the direction of text, or cannot be seen."""
@@ -50,21 +52,37 @@ def cell(value: Any) -> Text:
 
 
 def number(value: float) -> str:
-    """To four digits; small ones with an exponent."""
-    return f"{value:.4g}"
+    """To four digits; small ones with an exponent, and what is left of a rounding error is none."""
+    return f"{value:.4g}" if abs(value) > 1e-15 or value != value else "0"
 
 
 def table_of(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
-    """A row a line; where the screen is too narrow the last column is cut, and then the others."""
+    """A row a line; where the screen is too narrow the widest columns are cut. Of very many columns, a value a line."""
     lines = [[cell(value) for value in row] for row in rows]
-    widths = [max([cell_len(safe(name)), *(line[i].cell_len for line in lines)]) for i, name in enumerate(names)]
-    fixed = sum(widths[:-1]) <= _FIXED_WIDTH
+    heads = [Text(safe(name)) for name in names]
+    widths = [max(text.cell_len for text in column) for column in zip(heads, *lines, strict=True)]
+    room = screen().width - _GAP * (len(widths) - 1)
+    most = max((most for most in range(room + 1) if sum(min(width, most) for width in widths) <= room), default=0)
+    if most < _LEAST and max(widths) > most:
+        return _value_a_line(heads, lines)
     table = Table(box=None, pad_edge=False)
-    for i, name in enumerate(names):
-        least = widths[i] if fixed and i < len(names) - 1 else None
-        table.add_column(Text(safe(name)), no_wrap=True, overflow="ellipsis", min_width=least)
+    for head, width in zip(heads, widths, strict=True):
+        table.add_column(head, no_wrap=True, overflow="ellipsis", width=min(width, most))
     for line in lines:
         table.add_row(*line)
+    return table
+
+
+def _value_a_line(heads: Sequence[Text], lines: Iterable[Sequence[Text]]) -> Table:
+    """For rows that no line can hold."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    name_width = min(max(head.cell_len for head in heads), 40)
+    table.add_column(no_wrap=True, overflow="ellipsis", style="dim", width=name_width)
+    table.add_column(no_wrap=True, overflow="ellipsis", width=max(screen().width - name_width - _GAP, 1))
+    for number, line in enumerate(lines):
+        table.add_row(Text(f"row {number}", "bold"), "")
+        for head, value in zip(heads, line, strict=True):
+            table.add_row(head, value.plain)
     return table
 
 
@@ -82,7 +100,8 @@ def sparkline(values: Sequence[float], width: int = 24) -> str:
 def write(names: Sequence[str], rows: Sequence[Sequence[Any]], form: Format) -> None:
     """Rows to stdout, as they are; on a terminal CSV is made safe, and JSON always is ASCII."""
     if form == "json":
-        print(json.dumps([dict(zip(names, row, strict=True)) for row in rows], indent=1, default=str))
+        keys = [f"{name}_{names[:i].count(name)}" if name in names[:i] else name for i, name in enumerate(names)]
+        print(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=1, default=str))
     elif form == "csv":
         import csv
 

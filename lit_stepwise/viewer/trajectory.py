@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lit_stepwise.errors import StoreError
+from lit_stepwise.errors import ConfigError, StoreError
 from lit_stepwise.viewer.questions import ask
 from lit_stepwise.viewer.screen import number, safe
 
@@ -40,6 +40,8 @@ def show_trajectory(console: Console, connection: Any, name: str, where: str, pa
 def _find(connection: Any, name: str, where: str, parameters: list[Any]) -> tuple[dict[str, Any], int]:
     """The trajectory, and how many others the task has."""
     if match := _NAME.fullmatch(name):
+        if where != "true":
+            raise ConfigError(f"--trajectory {name} names one trajectory; leave out the filters, or name a task")
         query = "select * from trajectories where phase = ? and group_id = ? and sample = ?"
         if found := _rows(connection, query, match["phase"], int(match["group"]), int(match["sample"])):
             return found[0], 0

@@ -112,6 +112,15 @@ def test_the_overview_says_how_it_went_and_what_took_the_time(run: Path, look: L
     assert "seed_everything=0" in out
 
 
+def test_where_play_went_on_beside_training_what_the_trainer_waited_is_told(run: Path, look: Look) -> None:
+    (run / "metrics.csv").write_text(
+        "step,seconds/play,seconds/wait,seconds/sync,seconds/train\n3,9.0,2.5,0.5,6.0\n4,8.0,1.5,0.5,4.0\n"
+    )
+    _, out, _ = look("show", run)
+    assert lines_with(out, "seconds/wait", " 3 ", "21%")  # 4 - 1 of 3 + 1 + 10
+    assert not lines_with(out, "seconds/play")
+
+
 def test_the_overview_answers_what_one_asks_after_a_run(run: Path, look: Look) -> None:
     _, out, _ = look("show", run)
     # of a reward of 3.5 in all the second turn earned 4
@@ -226,7 +235,47 @@ def test_two_runs_are_compared_by_curves_tasks_lengths_and_settings(run: Path, l
     assert re.search(r"model.loss +GSPO", out)
 
 
+def test_lengths_are_of_what_is_played_greedily_and_a_token_counts_as_often_as_it_was_said(
+    tmp_path: Path, look: Look
+) -> None:
+    long = replace(
+        turn("x", 0.0), response_ids=list(range(8)), rollout_logprobs=[-0.5] * 8, versions=[VersionSpan(3, 8)]
+    )
+    store = TrajectoryStore(tmp_path / "trajectories")
+    played = [attempt("a", 0, 0, turn("y", 0.0), turn("y", 0.0), turn("y", 0.0)), attempt("a", 0, 1, long)]
+    store.write(StoredPhase("train", 3, played, 0))
+    drawn = attempt("a", 0, 1, long, long)
+    store.write(StoredPhase("evaluate", 3, [*greedy(3, a=True), drawn]))
+    _, out, _ = look("compare", tmp_path, tmp_path)
+    assert re.search(r"train, newest +response tokens a turn +3\.5 +3\.5", out)  # 3 * 2 + 8 of four turns
+    assert re.search(r"evaluate, newest +turns +1 +1", out)
+    assert re.search(r"evaluate, newest +response tokens a trajectory +2 +2", out)
+
+
 # ---- whatever a field holds
+
+
+def test_what_is_long_leaves_room_for_every_other_column(run: Path, look: Look) -> None:
+    other = make_run(run.parent / "version_1", name="a" * 300, settings=f"data: {{files: {'b' * 300}}}\n")
+    _, out, _ = look("show", other, "--where", "turn = 0 and stage = 'train'")
+    head = out.splitlines()[0].split()
+    assert head == ["trajectory", "turn", "task", "reward", "advantage", "gap", "status", "response"]
+    assert lines_with(out, "train-000003/0/1", "mixed", "-1.5", "guess aaa", "…")
+    _, out, _ = look("compare", run, other)
+    assert lines_with(out, "data.files", "bbb", "…")
+
+
+def test_of_more_columns_than_a_line_holds_each_value_has_its_own(run: Path, look: Look) -> None:
+    _, out, _ = look("show", run, "--sql", "select * from turns where stage = 'train' order by group_id, sample, turn")
+    lines = [line.strip().split(maxsplit=1) for line in out.splitlines()]
+    assert lines[0] == ["row", "0"]
+    assert ["num_response_tokens", "2"] in lines
+    assert [values for name, *values in lines if name == "response"] == [["look"], ["answer"], ["guess ok"], ["wrong"]]
+
+
+def test_columns_of_one_name_are_told_apart_in_json(run: Path, look: Look) -> None:
+    _, out, _ = look("show", run, "--sql", "select 1 as a, 2 as b, 3 as a", "--format", "json")
+    assert json.loads(out) == [{"a": 1, "b": 2, "a_1": 3}]
 
 
 def test_no_field_can_steer_the_terminal(tmp_path: Path, look: Look) -> None:
@@ -272,6 +321,9 @@ def test_csv_is_safe_on_a_terminal_and_exact_in_a_pipe(tmp_path: Path, look: Loo
         (["show", "RUN", "--where", "true) to 'x'"], "Parser Error", 1),
         (["show", "RUN", "--where", "advantag > 1"], '"advantag" not found in FROM clause!; Candidate bindings', 1),
         (["show", "RUN", "--sql", "select 1", "--task", "x"], "--sql asks for all that it wants itself", 1),
+        (["show", "RUN", "--sql", ""], "--sql is empty; give what it names, or leave it out", 1),
+        (["show", "RUN", "--where", " "], "--where is empty", 1),
+        (["show", "RUN", "--trajectory", "train-000003/0/0", "--stage", "evaluate"], "leave out the filters", 1),
         (["show", "RUN", "--format", "csv"], "--format csv is for rows", 1),
         (["show", "RUN", "--groups", "--limit", "0"], "argument --limit: 0 shows nothing; use 1 or more", 2),
         (["show", "RUN", "--trajectory", "train-000003/9/9"], "there is no trajectory 'train-000003/9/9'", 1),
