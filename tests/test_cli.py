@@ -237,6 +237,10 @@ def test_every_command_that_plays_runs_from_the_checkpoint_of_a_fit(
         done = run(command, countdown, "--ckpt_path", "last")
         assert done.returncode == 0, done.stderr
         assert "ckpt_path=last: resuming from runs/version_0/checkpoints/last.ckpt" in done.stderr
+        if command != "predict":  # Lightning's own table
+            assert all(
+                word in done.stdout for word in ("accuracy", "reward", "step", f"{2.0}", "files     runs/version_")
+            )
     for number in (1, 2, 3):
         evaluated = open_run(tmp_path / f"runs/version_{number}")
         assert evaluated.execute("select distinct policy_version from turns").fetchall() == [(2,)]

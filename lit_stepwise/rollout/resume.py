@@ -31,7 +31,12 @@ def owe_evaluation(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
 
 def check_bounds(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
     """Raises ``ConfigError`` where the checkpoint is beyond what the Trainer is to train."""
-    epochs, trained = trainer.max_epochs, checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    loops = checkpoint["loops"]["fit_loop"]
+    epoch, epochs = loops["epoch_progress"]["current"], trainer.max_epochs
+    # a checkpoint of the last optimizer step of an iteration is written before Lightning closes its epoch
+    trained = epoch["processed"] + (
+        epoch["started"] > epoch["processed"] and loops["epoch_loop.batch_progress"]["is_last_batch"]
+    )
     if epochs is not None and -1 < epochs < trained:
         raise ConfigError(
             f"trainer.max_epochs={epochs}, but the checkpoint has {trained} iterations behind it; raise max_epochs, or "

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_stepwise.algo.filters import Selection
 from lit_stepwise.training.clock import PhaseClock
@@ -110,6 +111,9 @@ class Logs(pl.LightningModule):
     def _log_evaluation(self, prefix: str) -> dict[str, float]:
         values = self.evaluation_metrics.result(prefix)
         self._spent += values["seconds/evaluate"]
+        if self.trainer.state.fn != TrainerFn.FITTING:  # then Lightning prints and returns what it logs, at that step
+            self.log_dict(values | {"step": float(self._evaluated)}, batch_size=1)
+            return values
         self.log_dict(values, logger=False, batch_size=1)
         for logger in self.loggers:  # self.log would give them the step before, and those of the sanity check to nobody
             logger.log_metrics(values, step=self._evaluated)

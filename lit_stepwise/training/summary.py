@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from lit_stepwise.training.clock import PhaseClock, added, clock_time
@@ -49,7 +50,9 @@ class RunSummary(pl.Callback):
         self._num_steps += 1
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remember the accuracy."""
+        """Remember the accuracy; after a mere validation, whose metrics Lightning prints, say where its files are."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            self.on_test_end(trainer, pl_module)
         if self.metric not in trainer.callback_metrics:
             return
         value = float(trainer.callback_metrics[self.metric])
@@ -58,6 +61,12 @@ class RunSummary(pl.Callback):
         self._last = value
         if self._best is None or value > self._best[0]:
             self._best = (value, trainer.global_step)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say where its files are."""
+        folder = trainer.log_dir or trainer.default_root_dir  # a collective: all ranks have to ask
+        if rank_zero_only.rank == 0:
+            print(f"files     {folder}")
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say it."""

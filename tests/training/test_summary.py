@@ -7,17 +7,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_stepwise.cli import COMMANDS
 from lit_stepwise.training.clock import PhaseClock
 from lit_stepwise.training.summary import RunSummary
 
 
-def trainer(accuracy: float, step: int, sanity_checking: bool = False) -> Any:
+def trainer(accuracy: float, step: int, sanity_checking: bool = False, fn: TrainerFn = TrainerFn.FITTING) -> Any:
     return SimpleNamespace(
         callback_metrics={"val/accuracy": accuracy},
         global_step=step,
         sanity_checking=sanity_checking,
+        state=SimpleNamespace(fn=fn),
         log_dir="runs/version_3",
         ckpt_path=None,
         checkpoint_callback=SimpleNamespace(last_model_path=str(Path.cwd() / "runs/version_3/checkpoints/last.ckpt")),
@@ -55,6 +57,11 @@ def test_it_says_what_was_gained_where_the_time_went_and_where_the_files_are(
         "          lit-stepwise report runs/version_3",
         "          lit-stepwise export runs/version_3/checkpoints/last.ckpt model/",
     ]
+
+
+def test_a_mere_validation_says_where_its_files_are(capsys: pytest.CaptureFixture[str]) -> None:
+    RunSummary().on_validation_end(trainer(0.461, 0, fn=TrainerFn.VALIDATING), None)
+    assert capsys.readouterr().out == "files     runs/version_3\n"
 
 
 def test_without_a_validation_it_says_the_time_alone(capsys: pytest.CaptureFixture[str]) -> None:
