@@ -162,14 +162,18 @@ def _check(words: Sequence[str]) -> int:
         print(prepared.report)
     print(f"{len(prepared.tasks)} of {_counted(len(tasks), 'task')} can be trained on")
     if settings.write:
-        root = _root(settings.source, settings.files)
-        write_tasks([task for task in prepared.tasks if isinstance(task, SQLTask)], Path(settings.write), root)
+        kept = [task for task in prepared.tasks if isinstance(task, SQLTask)]
+        root = _root(settings.source, settings.files, kept)
+        write_tasks(kept, Path(settings.write), root)
         print(f"wrote {settings.write}, to be read by JSONLTasks with database_root: {root}")
     return 0
 
 
-def _root(source: SQLTaskSource, files: Sequence[str]) -> Path:
-    """The folder that all databases lie below: the one that is set, or else that of the files."""
+def _root(source: SQLTaskSource, files: Sequence[str], tasks: Sequence[SQLTask]) -> Path:
+    """The folder that all databases lie below: the one they were found in, or else that of the files."""
+    for root in (root for file in files for root in source.roots(Path(file))):
+        if all(task.database.resolve().is_relative_to(root.resolve()) for task in tasks):
+            return root
     if source.database_root is not None:
         return Path(source.database_root)
     return Path(os.path.commonpath([Path(file).resolve().parent for file in files]))

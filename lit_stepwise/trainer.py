@@ -124,6 +124,11 @@ def check_optimization(trainer: pl.Trainer) -> None:
             f"trainer.gradient_clip_val={trainer.gradient_clip_val} is not for manual optimization; use "
             f"model.max_grad_norm={trainer.gradient_clip_val}"
         )
+    if trainer.check_val_every_n_epoch == 0:
+        raise ConfigError(
+            "trainer.check_val_every_n_epoch=0 is no interval; use 1 or more, or trainer.limit_val_batches=0 for no "
+            "validation"
+        )
     if trainer.precision == "64-true":
         raise ConfigError("trainer.precision=64-true is more than any engine samples with; use 32-true")
 

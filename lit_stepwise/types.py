@@ -159,11 +159,17 @@ class Evaluation:
     """Of those; null takes ``rollout.sampling.top_p``."""
 
     def __post_init__(self) -> None:
-        if self.samples_per_task < 0 or (not self.greedy and self.samples_per_task == 0):
+        if self.samples_per_task < 0:
             raise ConfigError(
-                f"rollout.evaluation.samples_per_task={self.samples_per_task} with greedy={self.greedy} plays nothing; "
-                "use greedy: true, or 1 sample or more"
+                f"rollout.evaluation.samples_per_task={self.samples_per_task} is negative; 0 plays greedily alone"
             )
+        if not self.greedy and not self.samples_per_task:
+            raise ConfigError(
+                "rollout.evaluation.samples_per_task=0 with greedy=False plays nothing; use greedy: true, or 1 sample "
+                "or more"
+            )
+        if self.temperature < 0:
+            raise ConfigError(f"rollout.evaluation.temperature={self.temperature} is negative; 1 is the model as it is")
         if self.samples_per_task and not self.temperature > 0:
             raise ConfigError(
                 f"rollout.evaluation.temperature={self.temperature} draws the same response every time; use e.g. 1.0, "

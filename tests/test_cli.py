@@ -123,6 +123,26 @@ WRONG = {
         ],
         "error: GradientAccumulationScheduler has nothing to add",
     ),
+    "no interval of validation": (
+        ["--trainer.check_val_every_n_epoch", "0"],
+        "trainer.check_val_every_n_epoch=0 is no interval; use 1 or more, or trainer.limit_val_batches=0",
+    ),
+    "gradients turned around": (
+        ["--model.max_grad_norm", "-0.5"],
+        "model.max_grad_norm=-0.5 would turn every gradient around; use e.g. 1.0, or 0",
+    ),
+    "an optimizer that refuses": (
+        ["--model.optimizer.lr", "-0.25"],
+        "model.optimizer: Invalid learning rate: -0.25; see",
+    ),
+    "an evaluation below zero": (
+        ["--rollout.evaluation.temperature", "-0.5"],
+        "rollout.evaluation.temperature=-0.5 is negative",
+    ),
+    "fewer samples than none": (
+        ["--rollout.evaluation.samples_per_task", "-3"],
+        "rollout.evaluation.samples_per_task=-3 is negative; 0 plays greedily alone",
+    ),
     "gradients clipped by Lightning": (
         ["--trainer.gradient_clip_val", "0.75"],
         "trainer.gradient_clip_val=0.75 .*use model.max_grad_norm=0.75",

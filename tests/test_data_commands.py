@@ -152,10 +152,10 @@ def test_check_reports_what_is_wrong_and_writes_what_passes(sky, capsys):
     said = capsys.readouterr().out
     assert re.search(r"empty +1 task  left out", said)
     assert "\n2 of 3 tasks can be trained on\n" in said
-    assert f"wrote {written}, to be read by JSONLTasks with database_root: {sky}\n" in said
+    assert f"wrote {written}, to be read by JSONLTasks with database_root: {sky}/data\n" in said
     before = lit_stepwise.text2sql.SkyRLTasks().read(str(sky / "train.parquet"))
-    assert JSONLTasks(database_root=str(sky)).read(str(written)) == [before[0], before[2]]
-    assert json.loads(written.read_text().splitlines()[0])["db_id"] == "data/SynSQL-2.5M/databases/farm"
+    assert JSONLTasks(database_root=str(sky / "data")).read(str(written)) == [before[0], before[2]]
+    assert json.loads(written.read_text().splitlines()[0])["db_id"] == "SynSQL-2.5M/databases/farm"
 
 
 def test_check_keeps_what_the_policy_keeps(sky, capsys):
@@ -201,6 +201,15 @@ def test_what_is_known_of_columns_is_written_once_per_database(tmp_path, capsys)
     assert read[0].comments is read[1].comments
 
 
+def test_what_check_wrote_of_databases_beside_a_file_is_read_beside_it(tmp_path, capsys):
+    make_database(tmp_path / "databases/farm/farm.sqlite")
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"id": "a", "db_id": "farm", "question": "How many?", "gold_sql": "SELECT 3"}\n')
+    assert run("check", questions, "--write", tmp_path / "checked.jsonl") == 0
+    assert f"with database_root: {tmp_path}/databases\n" in capsys.readouterr().out
+    assert JSONLTasks().read(str(tmp_path / "checked.jsonl")) == JSONLTasks().read(str(questions))
+
+
 def test_check_writes_nothing_that_could_not_be_read_again(sky, tmp_path_factory, capsys):
     make_database(sky / "data" / FARM)
     file = write_parquet(sky / "a.parquet", ("farm", "synsql", "SELECT 1"))
@@ -212,8 +221,8 @@ def test_check_writes_nothing_that_could_not_be_read_again(sky, tmp_path_factory
     assert run("check", file, *words, sky / "none" / "a.jsonl") == 1
     assert "none/a.jsonl cannot be written: No such file or directory" in capsys.readouterr().err
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    shutil.move(sky / "data", elsewhere)
-    (sky / "data").symlink_to(elsewhere / "data")
+    shutil.move(sky / "data" / "SynSQL-2.5M", elsewhere)
+    (sky / "data" / "SynSQL-2.5M").symlink_to(elsewhere / "SynSQL-2.5M")
     assert run("check", file, *words, sky / "a.jsonl") == 1
     assert "set --source.database_root to a folder that holds them all" in capsys.readouterr().err
     assert not (sky / "a.jsonl").exists()
@@ -279,6 +288,10 @@ def test_convert_needs_a_target_and_writes_no_two_files_to_one(sky, capsys):
     assert run("convert", sky / "train.parquet", other, *words, "--target", sky / "duck") == 1
     assert f"{other} would be written over another as {sky}/duck/train.jsonl; use another" in capsys.readouterr().err
     assert not (sky / "duck").exists()
+    (sky / "a_file").touch()
+    assert run("convert", sky / "data" / FARM, "--target", sky / "a_file") == 1
+    assert "--target " in (said := capsys.readouterr().err)
+    assert "a_file/databases is no folder and cannot be made one (Not a directory)" in said
 
 
 # ---- the guide

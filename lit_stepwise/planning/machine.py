@@ -45,6 +45,8 @@ class Machine:
             pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
             return cls("cpu", devices, trainer.num_nodes, pages, "the memory of this machine")
         if gpu_memory_gib is not None:
+            if not gpu_memory_gib > 0:
+                raise ConfigError(f"--gpu_memory_gib {gpu_memory_gib} is no memory; give that of one GPU, such as 80")
             return cls("gpu", devices, trainer.num_nodes, gpu_memory_gib * GIB, "--gpu_memory_gib")
         if torch.cuda.is_available():
             found = torch.cuda.get_device_properties(0)

@@ -153,7 +153,7 @@ class WorkerExecutor(Executor):
         result, num_bytes = live.pool.run(request, num_closes)
         if result.status == "infra" and (other := _system_of(request["database"])) not in ("", self.system):
             name = os.path.basename(request["database"])
-            error = f"{name} is a {other} database; set rollout.environment.executor: {other}Executor"
+            error = f"needs executor {other}Executor: {name} is a {other} database"
             result = QueryResult("infra", error=error, seconds=result.seconds)
         return result, num_bytes
 

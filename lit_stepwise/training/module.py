@@ -126,6 +126,10 @@ class StepwiseModule(PolicyRole, Logs):
                 "model.offload_reference=true has no effect where no second model is the reference (kl.coefficient is "
                 "0, or it is the policy without its adapter); leave it out"
             )
+        if not max_grad_norm >= 0:
+            raise ConfigError(
+                f"model.max_grad_norm={max_grad_norm} would turn every gradient around; use e.g. 1.0, or 0 to clip none"
+            )
         if lora is not None:
             lora.check()
             if lora.dropout and packing != "none":
@@ -239,7 +243,10 @@ class StepwiseModule(PolicyRole, Logs):
 
     def configure_optimizers(self) -> Any:
         """What the YAML names."""
-        optimizer = self.optimizer([each for each in self.parameters() if each.requires_grad])
+        try:
+            optimizer = self.optimizer([each for each in self.parameters() if each.requires_grad])
+        except ValueError as error:
+            raise ConfigError(f"model.optimizer: {error}; see the settings of that class") from error
         together = [name for name in ("foreach", "fused") if optimizer.defaults.get(name)]
         if together and self.ranks_per_layer > 1:
             raise ConfigError(

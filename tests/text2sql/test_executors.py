@@ -229,7 +229,7 @@ def test_a_file_of_the_other_system_is_told_with_the_executor_that_reads_it(exec
     animals = database.with_name("animals.db")
     with closing(duckdb.connect(animals)) as connection:
         connection.execute("CREATE TABLE animal AS SELECT 7 AS id")
-    says = "animals.db is a DuckDB database; set rollout.environment.executor: DuckDBExecutor"
+    says = "needs executor DuckDBExecutor: animals.db is a DuckDB database"
     assert (executor.execute(animals, "SELECT 1").status, executor.execute(animals, "SELECT 1").error) == (
         "infra",
         says,
@@ -237,5 +237,5 @@ def test_a_file_of_the_other_system_is_told_with_the_executor_that_reads_it(exec
     with closing(DuckDBExecutor(num_workers=1)) as other:
         assert other.execute(animals, "SELECT id FROM animal").rows == ((7,),)
         result = other.execute(database, "SELECT 1")
-    says = "pets.sqlite is a SQLite database; set rollout.environment.executor: SQLiteExecutor"
+    says = "needs executor SQLiteExecutor: pets.sqlite is a SQLite database"
     assert (result.status, result.error) == ("infra", says)

@@ -88,7 +88,10 @@ def convert(databases: Sequence[Path], target: Path, overwrite: bool = False) ->
     """
     _check_packages()
     sources = _find(databases)
-    target.mkdir(parents=True, exist_ok=True)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--target {target} is no folder and cannot be made one ({error.strerror})") from error
     return [
         _convert(source, target_of(source, target), overwrite)
         for source in tqdm(sources, "converting", unit="database", delay=2)
