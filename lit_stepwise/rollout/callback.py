@@ -17,7 +17,7 @@ from lit_stepwise.rollout.interrupt import end_at_once_when_asked_again
 from lit_stepwise.rollout.phases import Draw
 from lit_stepwise.rollout.player import TaskPlayer
 from lit_stepwise.rollout.resume import check_bounds, check_shared, owe_evaluation
-from lit_stepwise.rollout.wiring import data_of, fabric_of, will_train
+from lit_stepwise.rollout.wiring import check_hooks, data_of, fabric_of, will_train
 from lit_stepwise.store.write import Lineage, unused
 from lit_stepwise.types import Deal, MiniBatch
 
@@ -36,6 +36,7 @@ class RolloutCallback(TaskPlayer, pl.Callback):
         policy = cast(Policy, pl_module)
         policy.staleness = self.staleness
         others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
+        check_hooks(others)
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "trajectories"
         playable = self.attach(
             fabric=fabric_of(trainer, [*others, pl_module]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,6 +12,18 @@ from lightning.fabric import Fabric
 
 from lit_stepwise.errors import ConfigError
 from lit_stepwise.interfaces import TaskData
+
+HOOKS = {
+    "on_deal": ("deal",),
+    "on_phase": ("phase",),
+    "on_rollout_start": ("stage", "iteration", "num_trajectories"),
+    "on_engine_step": ("num_generating", "num_executing"),
+    "on_turn_end": ("turn", "task_id"),
+    "on_trajectory_end": ("trajectory",),
+    "on_rollout_end": ("rollout",),
+    "on_selection": ("iteration", "trajectories", "advantages", "selection"),
+}
+"""What callbacks may have besides Lightning's hooks, and by which names each gets its arguments."""
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
@@ -39,6 +53,28 @@ def fabric_of(trainer: pl.Trainer, callbacks: list[Any]) -> Fabric:
     )
     fabric.launch()
     return fabric
+
+
+def check_hooks(callbacks: Iterable[Any]) -> None:
+    """Raises ``ConfigError`` for a hook that asks for what it is not given; it would fail after a whole round of play."""
+    for each in callbacks:
+        for hook, given in HOOKS.items():
+            method = getattr(each, hook, None)
+            if callable(method) and (unknown := _unknown(method, given)):
+                raise ConfigError(
+                    f"{type(each).__name__}.{hook} asks for {unknown}; it may name {', '.join(given)}, and leave out "
+                    "what it does not need"
+                )
+
+
+def _unknown(method: Callable[..., Any], given: Sequence[str]) -> str:
+    """What it asks for beyond that; empty where there is nothing."""
+    for each in signature(method).parameters.values():
+        if each.kind is Parameter.VAR_POSITIONAL:
+            return f"*{each.name}"
+        if each.kind is not Parameter.VAR_KEYWORD and each.default is Parameter.empty and each.name not in given:
+            return each.name
+    return ""
 
 
 def load_tokenizer(model_path: str) -> Any:
