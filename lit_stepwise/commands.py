@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
+import os
 import re
 import sys
 import warnings
@@ -199,11 +200,21 @@ class StepwiseCLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, RuntimeError) as error:
             raise ConfigError(_trainers_reason(str(error), config)) from error
+        _check_folder(Path(trainer.default_root_dir))
         check_optimization(trainer)
         check_strategy(trainer)
         check_launcher(trainer)
         assert isinstance(trainer, StepwiseTrainer)
         return trainer
+
+
+def _check_folder(root: Path) -> None:
+    """Raises ``ConfigError`` where no file of the run could be written."""
+    there = next((each for each in (root, *root.parents) if each.exists()), root)
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ConfigError(
+            f"trainer.default_root_dir={root} cannot be written, since {there} is no folder that may be; name another"
+        )
 
 
 def _trainers_reason(message: str, config: Any) -> str:

@@ -123,6 +123,10 @@ WRONG = {
         ],
         "error: GradientAccumulationScheduler has nothing to add",
     ),
+    "a folder below a file": (
+        ["--trainer.default_root_dir", f"{__file__}/runs"],
+        rf"trainer.default_root_dir={__file__}/runs cannot be written, since {__file__} is no folder that may be",
+    ),
     "no interval of validation": (
         ["--trainer.check_val_every_n_epoch", "0"],
         "trainer.check_val_every_n_epoch=0 is no interval; use 1 or more, or trainer.limit_val_batches=0",

@@ -56,7 +56,7 @@ def fabric_of(trainer: pl.Trainer, callbacks: list[Any]) -> Fabric:
 
 
 def check_hooks(callbacks: Iterable[Any]) -> None:
-    """Raises ``ConfigError`` for a hook that asks for what it is not given; it would fail after a whole round of play."""
+    """Raises ``ConfigError`` for a hook that asks for what it is not given; it would fail after a round of play."""
     for each in callbacks:
         for hook, given in HOOKS.items():
             method = getattr(each, hook, None)
