@@ -57,20 +57,28 @@ def number(value: float) -> str:
 
 
 def table_of(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
-    """A row a line; where the screen is too narrow the widest columns are cut. Of very many columns, a value a line."""
+    """A row a line; where the screen is too narrow columns are cut. Of very many columns, a value a line."""
     lines = [[cell(value) for value in row] for row in rows]
     heads = [Text(safe(name)) for name in names]
     widths = [max(text.cell_len for text in column) for column in zip(heads, *lines, strict=True)]
-    room = screen().width - _GAP * (len(widths) - 1)
-    most = max((most for most in range(room + 1) if sum(min(width, most) for width in widths) <= room), default=0)
-    if most < _LEAST and max(widths) > most:
+    cut = _cut(widths, screen().width - _GAP * (len(widths) - 1))
+    if cut is None:
         return _value_a_line(heads, lines)
     table = Table(box=None, pad_edge=False)
-    for head, width in zip(heads, widths, strict=True):
-        table.add_column(head, no_wrap=True, overflow="ellipsis", width=min(width, most))
+    for head, width in zip(heads, cut, strict=True):
+        table.add_column(head, no_wrap=True, overflow="ellipsis", width=width)
     for line in lines:
         table.add_row(*line)
     return table
+
+
+def _cut(widths: Sequence[int], room: int) -> list[int] | None:
+    """Widths that fit: of the last column what the others leave, or else the widest are cut; None for too little."""
+    *others, last = widths
+    if (left := room - sum(others)) >= min(last, _LEAST // 2):
+        return [*others, min(last, left)]
+    most = max((most for most in range(room + 1) if sum(min(width, most) for width in widths) <= room), default=0)
+    return [min(width, most) for width in widths] if most >= _LEAST else None
 
 
 def _value_a_line(heads: Sequence[Text], lines: Iterable[Sequence[Text]]) -> Table:

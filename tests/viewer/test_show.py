@@ -20,6 +20,7 @@ import pytest
 from lit_stepwise import cli
 from lit_stepwise.store.write import Lineage, StoredPhase, TrajectoryStore
 from lit_stepwise.types import Feedback, MiniBatch, StepSample, StopReason, Trajectory, Turn, VersionSpan
+from lit_stepwise.viewer.screen import _cut
 
 HOSTILE = "\x1b[31mred\x1b]0;title\x07 [bold]markup[/bold] \x9b2J \u202eright\u200b\r:smile: \x00"
 Look = Callable[..., tuple[int, str, str]]
@@ -263,6 +264,19 @@ def test_what_is_long_leaves_room_for_every_other_column(run: Path, look: Look) 
     assert lines_with(out, "train-000003/0/1", "mixed", "-1.5", "guess aaa", "…")
     _, out, _ = look("compare", run, other)
     assert lines_with(out, "data.files", "bbb", "…")
+
+
+@pytest.mark.parametrize(
+    ("widths", "room", "cut"),
+    [
+        ([5, 9, 30], 20, [5, 9, 6]),  # what the others leave
+        ([5, 9, 3], 20, [5, 9, 3]),
+        ([5, 30, 20], 29, [5, 12, 12]),  # the widest, where that is nothing
+        ([9, 9, 9], 21, None),  # 7 each say nothing
+    ],
+)
+def test_the_last_column_is_cut_first_and_then_the_widest(widths: list[int], room: int, cut: list[int] | None) -> None:
+    assert _cut(widths, room) == cut
 
 
 def test_of_more_columns_than_a_line_holds_each_value_has_its_own(run: Path, look: Look) -> None:
