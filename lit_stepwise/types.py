@@ -381,8 +381,8 @@ class Rollout:
     """-1 when evaluating."""
     policy_version: int
     trajectories: Sequence[Trajectory]
-    engine_seconds: float = 0.0
-    """Wall time inside the engine."""
+    engine_seconds: float | None = 0.0
+    """Wall time inside the engine; None on ranks whose engine follows another's."""
     environment_seconds: float = 0.0
     """Time inside the environment, summed over its threads, so it may exceed ``play_seconds``."""
     sync_seconds: float = 0.0
@@ -395,8 +395,7 @@ class Rollout:
     """Wall time from the moment that the iteration before was handed to the trainer; 0 for the first and in
     evaluation."""
     busy_seconds: float | None = None
-    """What of ``cycle_seconds`` the engine was at work, whatever it played; None on ranks whose engine follows
-    another's."""
+    """What of ``cycle_seconds`` the engine was at work, whatever it played; None where ``engine_seconds`` is."""
     num_cached_tokens: int = 0
     """Prompt tokens that came out of the engine's prefix cache."""
     environment_stats: Mapping[str, float] = field(default_factory=dict)

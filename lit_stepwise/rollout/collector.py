@@ -103,7 +103,7 @@ class Collector:
             iteration=iteration,
             policy_version=self.engine.policy_version,
             trajectories=trajectories,
-            engine_seconds=loop.engine_seconds,
+            engine_seconds=loop.engine_seconds if replica.leads else None,
             environment_seconds=sum(turn.environment_seconds for each in trajectories for turn in each.turns),
             play_seconds=time.perf_counter() - began,
             num_cached_tokens=loop.num_cached_tokens,

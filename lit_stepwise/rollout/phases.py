@@ -240,7 +240,8 @@ class Phases:
 
 def joined(first: Rollout, second: Rollout) -> Rollout:
     """Two rounds of play as one."""
-    sums = ("engine_seconds", "environment_seconds", "sync_seconds", "play_seconds")  # others are known later
+    names = ("engine_seconds", "environment_seconds", "sync_seconds", "play_seconds")  # others are known later
+    sums = [name for name in names if getattr(first, name) is not None]
     stats = {
         name: first.environment_stats.get(name, 0.0) + second.environment_stats.get(name, 0.0)
         for name in (first.environment_stats | second.environment_stats)  # type: ignore[operator]

@@ -80,7 +80,8 @@ class RolloutMetrics(nn.Module):
         self.trajectories.update(rollout.trajectories)
         self.staleness.update(rollout.trajectories, began, num_steps, max_age)
         for name in self.seconds.fixed:
-            self.seconds.update(name, getattr(rollout, f"{name}_seconds"))
+            if (seconds := getattr(rollout, f"{name}_seconds")) is not None:
+                self.seconds.update(name, seconds)
         for name, seconds in (phases or {}).items():
             self.seconds.update(name, seconds)
         if rollout.cycle_seconds > 0:

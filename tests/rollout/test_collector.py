@@ -48,6 +48,16 @@ def tasks(*goals: int) -> list[Task]:
     return [CountdownTask(task_id=f"goal-{goal}", goal=goal) for goal in goals]
 
 
+def test_a_rank_whose_engine_follows_another_plays_nothing_and_has_no_seconds_of_it(
+    renderer: ChatRenderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Replica, "of", lambda *_: Replica(0, 1, leads=False))
+    following = collector(renderer)
+    monkeypatch.setattr(following.engine, "follow", lambda: None, raising=False)
+    rollout = following.play(tasks(1, 3), [Sampling()], stage="train", iteration=0)
+    assert (rollout.trajectories, rollout.engine_seconds) == ([], None)
+
+
 def test_only_what_the_environment_can_play_is_played(renderer: ChatRenderer) -> None:
     given = tasks(1, 2, 3)
     prepared = collector(renderer).choose(given)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lit_stepwise.rollout.phases import joined
 from lit_stepwise.types import Rollout, StopReason, Trajectory
 
@@ -35,6 +37,7 @@ def test_rounds_of_play_add_up() -> None:
         4.125,
         8.0625,
     )
+    assert joined(replace(first, engine_seconds=None), replace(second, engine_seconds=None)).engine_seconds is None
     assert both.num_cached_tokens == 19
     assert both.environment_stats == {"kills": 37.0, "hits": 6.0}
     assert (both.iteration, both.engine_failure) == (3, "it died")

@@ -92,8 +92,9 @@ def measured(rank: int) -> list[dict[str, float]]:
         found += [{"gap": update.logprob_gap()}, update.result()]
     play = RolloutMetrics()
     played = [attempt(0, True, 1.0, VersionSpan(6, 3), VersionSpan(4, 1), goal=0.75)] if rank == 0 else []
-    seconds = {"engine_seconds": 1.0 + rank, "wait_seconds": 0.5 - rank / 4, "cycle_seconds": 4.0}
-    seconds |= {"busy_seconds": 0.5} if rank == 0 else {}  # the engine of the other follows
+    seconds: dict[str, Any] = {"wait_seconds": 0.5 - rank / 4, "cycle_seconds": 4.0}
+    # the engine of the second rank follows that of the first
+    seconds |= {"engine_seconds": 1.5, "busy_seconds": 0.5} if rank == 0 else {"engine_seconds": None}
     for trajectories in (played, [attempt(0, False, 1.0, VersionSpan(6, 2), extra=0.25)] if rank == 1 else []):
         play.update(Rollout("train", 0, 6, trajectories, **seconds), began=6, num_steps=2, max_age=1)
         found.append(play.result())
