@@ -9,14 +9,16 @@ HANG = "SELECT instr(zeroblob(9e6), zeroblob(1e5) || x'01')"  # one opcode of mi
 
 
 def children(parent=None):
-    """Ids of the worker processes of ``parent`` (this process), zombies included."""
+    """Ids of the worker processes of ``parent`` (this process), zombies included, which have no command any more."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             name, rest = stat.read_text().split("(", 1)[1].rsplit(")", 1)
+            command = (stat.parent / "cmdline").read_bytes()
         except OSError:
             continue
-        if int(rest.split()[1]) == (parent or os.getpid()) and name.startswith("python"):
+        is_worker = name.startswith("python") and (b"_worker.py" in command or not command)
+        if is_worker and int(rest.split()[1]) == (parent or os.getpid()):
             found.append(int(stat.parent.name))
     return found
 
