@@ -64,9 +64,8 @@ class RunSummary(pl.Callback):
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say where its files are."""
-        rank_zero_only(print)(
-            f"files     {trainer.log_dir or trainer.default_root_dir}"
-        )  # all ranks have to ask for it
+        folder = trainer.log_dir or trainer.default_root_dir  # a collective: all ranks have to ask
+        rank_zero_only(print)(f"files     {folder}")
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say it."""

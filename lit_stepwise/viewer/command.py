@@ -72,17 +72,15 @@ def _show_parser() -> _Parser:
 def _show(options: argparse.Namespace) -> None:
     found = find_run(options.run)
     where, parameters = _filters(options)
-    is_list = options.trajectory is None and (
-        options.groups or options.sql is not None or options.sort is not None or where != "true"
-    )
-    connection = open_run(found, many_questions=not is_list and options.trajectory is None)
+    is_list = bool(options.groups or options.sql or options.sort or where != "true") and not options.trajectory
+    connection = open_run(found, many_questions=not is_list and not options.trajectory)
     if options.format != "table" and not is_list:
         raise ConfigError(f"--format {options.format} is for rows; give --sql, --groups or a filter, say --stage train")
-    if not is_list and options.trajectory is None:
+    if not is_list and not options.trajectory:
         show_overview(screen(), found, connection)
         return
     print(*(f"note: {safe(note)}\n" for note in notes(found)), sep="", end="", file=sys.stderr)
-    if options.trajectory is not None:
+    if options.trajectory:
         show_trajectory(screen(), connection, options.trajectory, where, parameters)
     else:
         _list(connection, options, where, parameters)
@@ -95,16 +93,16 @@ def _filters(options: argparse.Namespace) -> tuple[str, list[Any]]:
             raise ConfigError(f"--{name} is empty; give what it names, or leave it out")
     given = {"iteration": options.iteration, "stage": options.stage, "task_id": options.task}
     wanted = {name: value for name, value in given.items() if value is not None}
-    if options.sql is not None and (wanted or options.where is not None or options.sort is not None):
+    if options.sql and (wanted or options.where or options.sort):
         raise ConfigError("--sql asks for all that it wants itself; leave out the filters and --sort")
     conditions = [f"{name} = ?" for name in wanted]
-    conditions += [f"({options.where}\n)"] if options.where is not None else []
+    conditions += [f"({options.where}\n)"] if options.where else []
     return " and ".join(conditions) or "true", list(wanted.values())
 
 
 def _list(connection: Any, options: argparse.Namespace, where: str, parameters: list[Any]) -> None:
     limit = options.limit or (_LINES if options.format == "table" else None)
-    if options.sql is not None:
+    if options.sql:
         query = options.sql
     else:
         base, order = (GROUPS, "phase desc, group_id") if options.groups else (TURNS, "phase, group_id, sample, turn")
