@@ -1,4 +1,4 @@
-"""What a checkpoint says of its run before anything is trained; whole resumes are in tests/e2e/test_resume.py."""
+"""Checkpoints beyond the bounds of a Trainer; whole resumes are in tests/e2e/test_resume.py."""
 
 from __future__ import annotations
 
