@@ -7,7 +7,7 @@ from contextlib import closing
 import pytest
 
 from lit_stepwise.text2sql.executors import SQLiteExecutor
-from tests.text2sql.running import ENDLESS, HANG, children
+from tests.text2sql.running import ENDLESS, HANG, children, run
 from tests.waiting import wait_until
 
 
@@ -24,7 +24,7 @@ def test_the_time_in_the_queue_is_counted_in_threads_and_in_coroutines(database)
             await asyncio.gather(*(executor.aexecute(database, f"{ENDLESS} -- {number}") for number in range(2)))
 
         began = time.monotonic()
-        asyncio.run(ask())
+        run(ask())
         assert 0.3 < executor.stats()["queue_seconds"] - in_threads < time.monotonic() - began - 0.3
 
 
@@ -39,7 +39,7 @@ def test_an_event_loop_goes_on_while_statements_run(impatient, database):
             delays.append(time.monotonic() - start)
         return await running, delays
 
-    results, delays = asyncio.run(play())
+    results, delays = run(play())
     assert [result.status for result in results] == ["timeout", "timeout"]
     assert len(delays) > 20  # in the two seconds that both took
     assert max(delays) < 0.9
@@ -52,7 +52,7 @@ def test_coroutines_get_each_their_own_answer_from_few_threads(database):
 
     before = threading.active_count()
     with closing(SQLiteExecutor(num_workers=2)) as executor:
-        assert [result.rows for result in asyncio.run(play())] == [((number,),) for number in range(50)]
+        assert [result.rows for result in run(play())] == [((number,),) for number in range(50)]
         assert threading.active_count() <= before + 2
         assert len(children()) <= 2
     wait_until(lambda: threading.active_count() == before)
@@ -71,7 +71,7 @@ def test_an_awaiter_that_gives_up_is_not_held_up_and_its_statement_harms_nobody(
         await asyncio.wait(cancelled)
         return time.monotonic() - start, await impatient.aexecute(database, "SELECT 7")
 
-    seconds, result = asyncio.run(play())
+    seconds, result = run(play())
     assert seconds < 1.4  # the first is killed after 1.5
     assert result.rows == ((7,),)
     assert impatient.stats()["statements"] == 2  # those that were cancelled in the queue never ran
@@ -86,7 +86,7 @@ def test_close_tells_awaiters_too_and_a_later_statement_starts_anew(executor, da
         assert children() == []
         return results, await executor.aexecute(database, "SELECT 7")
 
-    results, later = asyncio.run(play())
+    results, later = run(play())
     assert [(result.status, result.error) for result in results] == [("infra", "the executor was closed")] * 3
     assert later.rows == ((7,),)
     assert (executor.stats()["crashes"], executor.stats()["kills"]) == (0, 0)
