@@ -395,7 +395,8 @@ class Rollout:
     """Wall time from the moment that the iteration before was handed to the trainer; 0 for the first and in
     evaluation."""
     busy_seconds: float | None = None
-    """What of ``cycle_seconds`` the engine was at work, whatever it played; None where ``engine_seconds`` is."""
+    """What of ``cycle_seconds`` the engine was at work, whatever it played; None where ``engine_seconds`` is, and where
+    there is no cycle."""
     num_cached_tokens: int = 0
     """Prompt tokens that came out of the engine's prefix cache."""
     environment_stats: Mapping[str, float] = field(default_factory=dict)
